@@ -1,0 +1,93 @@
+// Reading the structure of a shard: header, index, where each block's parts lie. Format: proto/FORMAT.md.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kvshrink/block.h"
+#include "kvshrink/profile.h"
+
+namespace kvshrink {
+
+enum class Kind : uint8_t { kKey = 0, kValue = 1 };
+
+// How the coded rows of a block are stored (proto/FORMAT.md section 4).
+enum class BlockCode : uint8_t {
+  kZero = 0,
+  kRaw = 1,
+  kFp8 = 2,
+  kLevels3 = 16,
+  kLevels4 = 17,
+  kLevels6 = 18,
+  kLevels8 = 19,
+  kLevels12 = 20,
+  kLevels16 = 21,
+};
+
+struct ShardHeader {
+  Profile profile = kDefaultProfile;
+  DType dtype = DType::kFp16;
+  TensorShape shape;
+  uint32_t first_token = 0;
+  uint32_t layer = 0;
+  uint32_t raw_rows = 0;
+
+  uint32_t blocks_per_head() const { return (shape.tokens + kBlockTokens - 1) / kBlockTokens; }
+  uint32_t blocks() const { return 2 * shape.kv_heads * blocks_per_head(); }
+  // Bytes of K and V in the header's dtype.
+  uint64_t raw_bytes() const { return 2 * uint64_t{shape.entries()} * DTypeBytes(dtype); }
+};
+
+// One block's place in its tensor and its parts in the shard. Spans point into the shard's bytes.
+struct BlockView {
+  Kind kind = Kind::kKey;
+  uint32_t head = 0;
+  uint32_t first_row = 0;  // token of the chunk
+  uint32_t rows = 0;       // n
+  uint32_t raw_rows = 0;   // leading rows of the block that are kept exactly
+  int exponent = 0;
+  BlockCode code = BlockCode::kZero;
+  uint32_t rank = 0;
+  std::span<const uint8_t> raw;      // raw rows
+  std::span<const uint8_t> factors;  // factor record
+  std::span<const uint8_t> scales;   // empty in a preview
+  std::span<const uint8_t> codes;    // empty in a preview
+
+  uint32_t coded_rows() const { return rows - raw_rows; }
+  size_t bytes() const { return raw.size() + factors.size() + scales.size() + codes.size(); }
+};
+
+enum class Extent : uint8_t {
+  kWhole,         // the byte string must be the whole shard
+  kAllowPreview,  // it may end at or after the end of the LOW section
+};
+
+// A checked view of a shard. Does not own `bytes`, which must outlive it.
+class Shard {
+ public:
+  // Runs every check of FORMAT.md section 6 up to the factor records (what a block's decoder checks is left to it). Allocates
+  // only a table whose size the given bytes bound. Errors: DATA_LOSS naming the field.
+  static absl::StatusOr<Shard> Parse(std::string_view bytes, Extent extent = Extent::kWhole);
+
+  const ShardHeader& header() const { return header_; }
+  bool preview() const { return preview_; }  // SCALES and CODES are not there
+  std::span<const BlockView> blocks() const { return blocks_; }
+  const BlockView& block(Kind kind, uint32_t head, uint32_t index) const;
+  size_t bytes() const { return bytes_; }           // of the byte string given
+  size_t preview_bytes() const { return preview_bytes_; }  // length of its preview
+  size_t shared_bytes() const { return shared_bytes_; }    // header, extensions and index
+
+ private:
+  ShardHeader header_;
+  std::vector<BlockView> blocks_;
+  size_t bytes_ = 0;
+  size_t preview_bytes_ = 0;
+  size_t shared_bytes_ = 0;
+  bool preview_ = false;
+};
+
+}  // namespace kvshrink

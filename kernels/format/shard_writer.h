@@ -1,0 +1,22 @@
+// Puts the coded blocks of a shard together.
+#pragma once
+
+#include <span>
+#include <string>
+
+#include "kvshrink/codec.h"
+#include "kvshrink/shard.h"
+
+namespace kvshrink::format {
+
+// One block as the encoder leaves it: what the backend made, and the exact bytes that go with it.
+struct CodedBlock {
+  Backend::BlockOutput output;
+  std::string raw_rows;   // exact bytes of the raw rows
+  std::string raw_block;  // exact bytes of the coded rows, when output.code is kRaw
+};
+
+// blocks: header.blocks() of them, in the order of the format.
+std::string WriteShard(const ShardHeader& header, std::span<const CodedBlock> blocks);
+
+}  // namespace kvshrink::format

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Decodes KVS1 shards and .kvs files: a second reader, written from proto/FORMAT.md alone.
 
-It shares no code with the C++ library, so that the two can be held against each other. kvs_shard.py is the structure and
-its checks, kvs_blocks.py the values, kvs_file.py the container.
+It shares no code with the C++ library, so that the two can be held against each other. kvs_shard.py is the structure
+and its checks, kvs_blocks.py the values, kvs_file.py the container.
 
-    decode_kvs.py IN.kvs OUT.npz     arrays layer.{i}.k and layer.{i}.v, float32 [tokens, kv_heads, head_dim]
-    decode_kvs.py IN.kvs --json      headers, sizes and blocks
+    decode_kvs.py IN.kvs OUT.safetensors|OUT.npz   layer.{i}.k and layer.{i}.v, float32 [tokens, kv_heads, head_dim]
+    decode_kvs.py IN.kvs --json                    headers, sizes and blocks
 
-IN is a bare shard or a .kvs file. As a module: decode_shard(bytes) gives K, V and the header, decode_file(bytes) those of a file.
+IN is a bare shard or a .kvs file. As a module: decode_shard(bytes) gives K, V and the header, decode_file(bytes) those
+of a file, decode_bytes(bytes) the arrays of either.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from kvs_blocks import Decoded, decode_parsed, decode_shard
+from kvs_blocks import Decoded, Output, decode_parsed, decode_shard
 from kvs_file import decode_file, parse_file
 from kvs_shard import FormatError, Header, parse_shard
+from safetensors_writer import write_safetensors
 
-__all__ = ["Decoded", "FormatError", "Header", "decode_file", "decode_shard"]
+__all__ = ["Decoded", "FormatError", "Header", "decode_bytes", "decode_file", "decode_shard"]
 
 
 def describe(data: bytes | memoryview, preview: bool) -> dict[str, Any]:
@@ -53,36 +55,47 @@ def describe(data: bytes | memoryview, preview: bool) -> dict[str, Any]:
     }
 
 
-def run(data: bytes, output: Path | None, as_json: bool, low_rank: bool) -> None:
-    arrays: dict[str, Any] = {}
+def decode_bytes(data: bytes, low_rank: bool = False) -> tuple[dict[str, Output], dict[str, str]]:
+    """Arrays by name (layer.{i}.k, layer.{i}.v) and metadata, of a bare shard or a .kvs file."""
     if data[:4] == b"KVS1":
-        summary: dict[str, Any] = {"metadata": {}, "shards": [describe(data, low_rank)] if as_json else []}
-        if output is not None:
-            k, v, header = decode_shard(data, low_rank)
-            arrays = {f"layer.{header.layer}.k": k, f"layer.{header.layer}.v": v}
-    else:
-        file = parse_file(data)
-        numbers = range(len(file.entries)) if as_json else ()
-        shards = [describe(file.shard(i), low_rank or file.previews) for i in numbers]
-        summary = {"metadata": file.metadata, "shards": shards}
-        if output is not None:
-            for layer, tensors in decode_file(data, low_rank)[1].items():
-                arrays |= {f"layer.{layer}.k": tensors.k, f"layer.{layer}.v": tensors.v}
+        k, v, header = decode_shard(data, low_rank)
+        return {f"layer.{header.layer}.k": k, f"layer.{header.layer}.v": v}, {}
+    file, layers = decode_file(data, low_rank)
+    arrays = {f"layer.{i}.{kind}": array for i, kv in layers.items() for kind, array in zip("kv", kv, strict=True)}
+    return arrays, file.metadata
+
+
+def describe_bytes(data: bytes, low_rank: bool) -> dict[str, Any]:
+    if data[:4] == b"KVS1":
+        return {"metadata": {}, "shards": [describe(data, low_rank)]}
+    file = parse_file(data)
+    shards = [describe(file.shard(i), low_rank or file.previews) for i in range(len(file.entries))]
+    return {"metadata": file.metadata, "shards": shards}
+
+
+def run(data: bytes, output: Path | None, as_json: bool, low_rank: bool) -> None:
     if as_json:
-        print(json.dumps(summary))
-    if output is not None:
-        np.savez(output, **arrays)
+        print(json.dumps(describe_bytes(data, low_rank)))
+    if output is None:
+        return
+    arrays, metadata = decode_bytes(data, low_rank)
+    if output.suffix == ".npz":
+        np.savez(output, **cast(Any, arrays))
+    else:
+        write_safetensors(output, arrays, metadata)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Decodes shards and .kvs files (independent of the C++ library).")
     parser.add_argument("input", type=Path, metavar="IN.kvs")
-    parser.add_argument("output", type=Path, nargs="?", metavar="OUT.npz")
+    parser.add_argument("output", type=Path, nargs="?", metavar="OUT.safetensors|OUT.npz")
     parser.add_argument("--json", action="store_true", help="print headers, sizes and blocks")
     parser.add_argument("--low-rank", action="store_true", help="decode the low-rank part only; IN may be a preview")
     options = parser.parse_args()
     if options.output is None and not options.json:
-        parser.error("give OUT.npz or --json")
+        parser.error("give an output or --json")
+    if options.output is not None and options.output.suffix not in (".npz", ".safetensors"):
+        parser.error(f"{options.output}: must end in .safetensors or .npz")
     try:
         run(options.input.read_bytes(), options.output, options.json, options.low_rank)
     except (FormatError, OSError) as error:

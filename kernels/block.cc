@@ -14,7 +14,7 @@ constexpr uint64_t kMaxExtent = uint64_t{1} << 40;
 
 absl::Status CheckRange(std::string_view field, uint64_t value, uint64_t most) {
   if (value < 1 || value > most) {
-    return BadArgument(field, value, absl::StrCat("must be 1..", most));
+    return BadArgument(field, value, StrCat("must be 1..", most));
   }
   return absl::OkStatus();
 }
@@ -36,7 +36,7 @@ absl::Status ValidateShape(const TensorShape& shape) {
   KVSHRINK_RETURN_IF_ERROR(CheckRange("kv_heads", shape.kv_heads, kMaxKvHeads));
   KVSHRINK_RETURN_IF_ERROR(CheckRange("head_dim", shape.head_dim, kMaxHeadDim));
   if (2 * uint64_t{shape.entries()} > kMaxEntries) {
-    return BadArgument("tokens * kv_heads * head_dim", shape.entries(), absl::StrCat("must be at most ", kMaxEntries / 2));
+    return BadArgument("tokens * kv_heads * head_dim", shape.entries(), StrCat("must be at most ", kMaxEntries / 2));
   }
   return absl::OkStatus();
 }

@@ -53,6 +53,7 @@ size_t CodeBytes(BlockCode code, uint32_t m, uint32_t d, DType dtype) {
 void PlaceBlock(const ShardHeader& header, uint32_t index, BlockView* block) {
   const uint32_t per_head = header.blocks_per_head();
   const uint32_t row = index / per_head;
+  block->index = index;
   block->kind = row < header.shape.kv_heads ? Kind::kKey : Kind::kValue;
   block->head = row % header.shape.kv_heads;
   block->first_row = index % per_head * kBlockTokens;

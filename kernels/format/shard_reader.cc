@@ -1,8 +1,10 @@
 // The checks of proto/FORMAT.md section 6, in its order.
+#include <algorithm>
 #include <array>
+#include <optional>
 #include <string>
 
-#include "absl/strings/str_cat.h"
+#include "kvshrink/strcat.h"
 #include "format/layout.h"
 #include "kvshrink/error.h"
 #include "kvshrink/shard.h"
@@ -16,7 +18,7 @@ using format::LoadLittle;
 namespace at = format::offset;
 
 std::string BlockField(std::string_view table, uint32_t index, std::string_view field) {
-  return absl::StrCat(table, "[", index, "].", field);
+  return StrCat(table, "[", index, "].", field);
 }
 
 struct Sections {
@@ -25,24 +27,24 @@ struct Sections {
 
 absl::Status CheckIntegrityOfHeader(std::string_view bytes, const uint8_t* data) {
   if (bytes.size() < format::kHeaderBytes) {
-    return BadShard("size", bytes.size(), absl::StrCat("a header has ", format::kHeaderBytes, " bytes"));
+    return BadShard("size", bytes.size(), StrCat("a header has ", format::kHeaderBytes, " bytes"));
   }
   if (bytes.substr(0, 4) != format::kMagic) {
-    return BadShard("magic", absl::StrCat(absl::Hex(LoadLittle<uint32_t>(data + at::kMagic), absl::kZeroPad8)), "must be KVS1");
+    return BadShard("magic", StrCat(absl::Hex(LoadLittle<uint32_t>(data + at::kMagic), absl::kZeroPad8)), "must be KVS1");
   }
   if (const auto version = LoadLittle<uint16_t>(data + at::kVersion); version != format::kVersion) {
-    return BadShard("version", version, absl::StrCat("this build reads version ", format::kVersion));
+    return BadShard("version", version, StrCat("this build reads version ", format::kVersion));
   }
   const auto stored = LoadLittle<uint64_t>(data + at::kHeaderChecksum);
   if (stored != format::Checksum(data, at::kHeaderChecksum)) {
-    return BadShard("header_checksum", absl::StrCat(absl::Hex(stored)), "doesn't match the header");
+    return BadShard("header_checksum", StrCat(absl::Hex(stored)), "doesn't match the header");
   }
   return absl::OkStatus();
 }
 
 absl::Status CheckLimit(std::string_view field, uint64_t value, uint64_t least, uint64_t most) {
   if (value < least || value > most) {
-    return BadShard(field, value, absl::StrCat("must be ", least, "..", most));
+    return BadShard(field, value, StrCat("must be ", least, "..", most));
   }
   return absl::OkStatus();
 }
@@ -95,7 +97,7 @@ absl::Status ReadIndexEntry(const uint8_t* entry, uint32_t index, Family family,
   }
   const uint32_t most = levels && format::FamilyHasFactors(family) ? std::min({block->rows, d, format::kMaxFormatRank}) : 0;
   if (block->rank > most) {
-    return BadShard(BlockField("index", index, "rank"), block->rank, absl::StrCat("must be at most ", most));
+    return BadShard(BlockField("index", index, "rank"), block->rank, StrCat("must be at most ", most));
   }
   if (entry[3] != 0) {
     return BadShard(BlockField("index", index, "reserved"), int{entry[3]}, "must be 0");
@@ -106,7 +108,7 @@ absl::Status ReadIndexEntry(const uint8_t* entry, uint32_t index, Family family,
   }
   const bool exact = block->rank == 0 || family == Family::kEOptShrinkQ;
   if (*factor_bytes < least || (exact && *factor_bytes != least)) {
-    return BadShard(BlockField("index", index, "factor_bytes"), *factor_bytes, absl::StrCat("must be ", exact ? "" : "at least ", least));
+    return BadShard(BlockField("index", index, "factor_bytes"), *factor_bytes, StrCat("must be ", exact ? "" : "at least ", least));
   }
   return absl::OkStatus();
 }
@@ -124,14 +126,14 @@ absl::Status CheckKvsFactors(const BlockView& block, uint32_t index, uint32_t d)
   }
   const size_t size = stages::KvsFactorBytes({bits.data(), block.rank}, block.rows, d);
   if (size != block.factors.size()) {
-    return BadShard(BlockField("block", index, "factor_bytes"), block.factors.size(), absl::StrCat("its bit counts make ", size));
+    return BadShard(BlockField("block", index, "factor_bytes"), block.factors.size(), StrCat("its bit counts make ", size));
   }
   return absl::OkStatus();
 }
 
 absl::Status CheckSection(std::string_view name, uint64_t stored, uint64_t sum) {
   if (stored != sum) {
-    return BadShard(absl::StrCat(name, "_bytes"), stored, absl::StrCat("the index makes ", sum));
+    return BadShard(StrCat(name, "_bytes"), stored, StrCat("the index makes ", sum));
   }
   return absl::OkStatus();
 }
@@ -139,7 +141,7 @@ absl::Status CheckSection(std::string_view name, uint64_t stored, uint64_t sum) 
 absl::Status CheckChecksum(std::string_view name, const uint8_t* data, size_t field, const uint8_t* section, size_t size) {
   const auto stored = LoadLittle<uint64_t>(data + field);
   if (stored != format::Checksum(section, size)) {
-    return BadShard(absl::StrCat(name, "_checksum"), absl::StrCat(absl::Hex(stored)), "doesn't match its bytes");
+    return BadShard(StrCat(name, "_checksum"), StrCat(absl::Hex(stored)), "doesn't match its bytes");
   }
   return absl::OkStatus();
 }
@@ -173,7 +175,7 @@ absl::StatusOr<Shard> Shard::Parse(std::string_view bytes, Extent extent) {
   const size_t index_begin = format::kHeaderBytes + sections.extensions;
   const size_t low_begin = index_begin + size_t{header.blocks()} * format::kIndexEntryBytes;
   if (bytes.size() < low_begin) {
-    return BadShard("size", bytes.size(), absl::StrCat("header and index have ", low_begin, " bytes"));
+    return BadShard("size", bytes.size(), StrCat("header and index have ", low_begin, " bytes"));
   }
   KVSHRINK_RETURN_IF_ERROR(
       CheckChecksum("index", data, at::kIndexChecksum, data + format::kHeaderBytes, low_begin - format::kHeaderBytes));
@@ -208,7 +210,7 @@ absl::StatusOr<Shard> Shard::Parse(std::string_view bytes, Extent extent) {
   const size_t end = codes_begin + codes_sum;
   const bool whole = bytes.size() == end;
   if (!whole && (extent == Extent::kWhole || bytes.size() < scales_begin || bytes.size() > end)) {
-    return BadShard("size", bytes.size(), absl::StrCat("the shard has ", end, " bytes, its preview ", scales_begin));
+    return BadShard("size", bytes.size(), StrCat("the shard has ", end, " bytes, its preview ", scales_begin));
   }
   KVSHRINK_RETURN_IF_ERROR(CheckChecksum("low", data, at::kLowChecksum, data + low_begin, low_sum));
   if (whole) {

@@ -1,5 +1,8 @@
 #include "format/shard_writer.h"
 
+#include <algorithm>
+#include <array>
+
 #include "format/layout.h"
 
 namespace kvshrink::format {

@@ -45,12 +45,4 @@ KVS_FN uint8_t EncodeOffset(T scale, T block_scale) {
   return static_cast<uint8_t>(steps < T{0} ? T{0} : steps > T{kMaxOffset} ? T{kMaxOffset} : steps);
 }
 
-// Exponent that brings a block's largest magnitude into [0.5, 1), where the format can say it: below 2^-126 it stays there. Returns 128
-// for a magnitude of 2^127 and more, which only raw blocks can hold.
-KVS_FN int BlockExponent(float largest) {
-  int exponent = 0;
-  std::frexp(largest, &exponent);
-  return exponent < -126 ? -126 : exponent;
-}
-
 }  // namespace kvshrink::stages

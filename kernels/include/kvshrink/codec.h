@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kvshrink/block.h"
@@ -67,6 +68,10 @@ class Backend {
  public:
   virtual ~Backend();
   virtual std::string_view name() const = 0;
+
+  // Runs body(i) for i < count, on the backend's threads where it has some; returns when all are done. For work beside the stages
+  // (gathering, decoding block by block). `body` must not throw.
+  virtual void ForEach(size_t count, absl::FunctionRef<void(size_t)> body) const;
 
   struct BlockInput {
     // n x d, row-major, contiguous; the raw rows are part of it and are zeroed by the backend.

@@ -44,6 +44,7 @@ struct ShardHeader {
 
 // One block's place in its tensor and its parts in the shard. Spans point into the shard's bytes.
 struct BlockView {
+  uint32_t index = 0;  // number of the block in the shard
   Kind kind = Kind::kKey;
   uint32_t head = 0;
   uint32_t first_row = 0;  // token of the chunk

@@ -1,0 +1,114 @@
+// The way of one block through the stages of an encoder, and its decisions: the same for every backend. A backend brings `Stages`:
+//   void Load(const Backend::BlockInput& in, int exponent)     coded rows times 2^-exponent, raw rows as zeros
+//   double energy() const                                      sum of squares of what was loaded
+//   void CodeLowRank(Family family, Backend::BlockOutput* out) sets rank and factors; leaves the rotated residual
+//   double CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales, std::vector<uint8_t>* codes)
+//                                                              returns the sum of squared error; may be called again with another code
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "format/layout.h"
+#include "kvshrink/codec.h"
+#include "stages/digits.h"
+#include "stages/exponent.h"
+#include "stages/minifloat.h"
+
+namespace kvshrink {
+
+// The alphabets that a family climbs when a block's error is over the bound.
+inline std::vector<BlockCode> LevelLadder(Profile profile) {
+  const ProfileInfo& info = GetProfileInfo(profile);
+  std::vector<BlockCode> ladder;
+  for (const BlockCode code : {BlockCode::kLevels3, BlockCode::kLevels4, BlockCode::kLevels6, BlockCode::kLevels8, BlockCode::kLevels12,
+                               BlockCode::kLevels16}) {
+    if (format::FamilyHasCode(info.family, code) && stages::CodebookOf(code)->levels >= info.levels) {
+      ladder.push_back(code);
+    }
+  }
+  return ladder;
+}
+
+inline void KeepRaw(Backend::BlockOutput* out) {
+  out->code = BlockCode::kRaw;
+  out->exponent = 0;
+  out->rank = 0;
+  out->factors.clear();
+  out->scales.clear();
+  out->codes.clear();
+  out->error_energy = 0;
+  out->escalated = false;
+}
+
+// Family fp8: one byte a value, relative to the block's exponent.
+inline void EncodeFp8(const float* coded, size_t count, Backend::BlockOutput* out) {
+  const stages::PowerOfTwo down(-out->exponent);
+  out->code = BlockCode::kFp8;
+  out->codes.resize(count);
+  double error = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const float scaled = down.Times(coded[i]) * 256;
+    out->codes[i] = stages::FloatToFp8(scaled);
+    const double difference = (static_cast<double>(scaled) - static_cast<double>(stages::Fp8ToFloat(out->codes[i]))) / 256;
+    error += difference * difference;
+  }
+  out->error_energy = std::ldexp(error, 2 * out->exponent);
+}
+
+template <typename Stages>
+void EncodeLevels(const Backend::BlockSettings& settings, Family family, const Backend::BlockInput& in, Stages* stages,
+                  Backend::BlockOutput* out) {
+  stages->Load(in, out->exponent);
+  stages->CodeLowRank(family, out);
+  const double bound = settings.max_relative_error > 0 ? settings.max_relative_error * stages->energy()
+                                                       : std::numeric_limits<double>::infinity();
+  const std::vector<BlockCode> ladder = LevelLadder(settings.profile);
+  for (const BlockCode code : ladder) {
+    out->code = code;
+    out->scales.clear();
+    out->codes.clear();
+    const double error = stages->CodeResidual(family, code, &out->scales, &out->codes);
+    out->error_energy = std::ldexp(error, 2 * out->exponent);
+    if (error <= bound) {
+      out->escalated = code != ladder.front();
+      return;
+    }
+  }
+  KeepRaw(out);
+}
+
+template <typename Stages>
+void EncodeBlock(const Backend::BlockSettings& settings, const Backend::BlockInput& in, Stages* stages, Backend::BlockOutput* out) {
+  *out = Backend::BlockOutput{};
+  const Family family = GetProfileInfo(settings.profile).family;
+  const size_t d = in.d;
+  const float* coded = in.rows + in.raw_rows * d;
+  const size_t count = (in.n - in.raw_rows) * d;
+  const stages::BlockRange range = stages::RangeOf(coded, count);
+  for (size_t i = 0; i < count && range.finite; ++i) {
+    out->energy += static_cast<double>(coded[i]) * static_cast<double>(coded[i]);
+  }
+  if (count == 0 || (range.largest == 0 && range.finite && family != Family::kRaw)) {
+    return;  // all zero
+  }
+  const int exponent = range.finite ? stages::BlockExponent(range.largest) : 0;
+  if (family == Family::kRaw || !range.finite || exponent > format::kMaxExponent) {
+    return KeepRaw(out);
+  }
+  out->exponent = exponent;
+  if (family == Family::kFp8) {
+    EncodeFp8(coded, count, out);
+    if (settings.max_relative_error > 0 && out->error_energy > settings.max_relative_error * out->energy) {
+      KeepRaw(out);
+    }
+  } else {
+    EncodeLevels(settings, family, in, stages, out);
+  }
+  if (out->factors.size() + out->scales.size() + out->codes.size() >= count * settings.raw_value_bytes) {
+    KeepRaw(out);
+  }
+}
+
+}  // namespace kvshrink

@@ -1,0 +1,168 @@
+// Tensors to shards.
+#include <algorithm>
+#include <cmath>
+
+#include "format/layout.h"
+#include "format/shard_writer.h"
+#include "gather.h"
+#include "kvshrink/codec.h"
+#include "kvshrink/error.h"
+
+namespace kvshrink {
+namespace {
+
+// Blocks that are in fp32 at a time: bounds the memory beside input and output, enough to keep threads busy.
+constexpr size_t kBatchBlocks = 64;
+
+absl::Status CheckTensor(std::string_view name, const ConstTensor& tensor) {
+  KVSHRINK_RETURN_IF_ERROR(ValidateShape(tensor.shape));
+  if (!LayoutExtent(tensor.shape, tensor.layout).has_value()) {
+    return BadArgument(StrCat(name, ".layout"), tensor.layout.token_stride, "its strides reach too far");
+  }
+  if (tensor.data == nullptr) {
+    return BadArgument(StrCat(name, ".data"), "null", "must point at the tensor");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckArguments(const ConstTensor& k, const ConstTensor& v, const EncodeOptions& options) {
+  KVSHRINK_RETURN_IF_ERROR(CheckTensor("k", k));
+  KVSHRINK_RETURN_IF_ERROR(CheckTensor("v", v));
+  if (k.shape != v.shape) {
+    return BadArgument("v.shape", StrCat("[", v.shape.tokens, ",", v.shape.kv_heads, ",", v.shape.head_dim, "]"),
+                       "must be the shape of k");
+  }
+  if (k.dtype != v.dtype) {
+    return BadArgument("v.dtype", DTypeName(v.dtype), "must be the dtype of k");
+  }
+  if (options.layer > kMaxLayer) {
+    return BadArgument("layer", options.layer, StrCat("must be at most ", kMaxLayer));
+  }
+  if (options.first_token > kMaxPosition - k.shape.tokens) {
+    return BadArgument("first_token", options.first_token, StrCat("first_token + tokens must be at most ", kMaxPosition));
+  }
+  if (!(options.max_relative_error >= 0) || !std::isfinite(options.max_relative_error)) {
+    return BadArgument("max_relative_error", options.max_relative_error, "must be finite and not negative");
+  }
+  return absl::OkStatus();
+}
+
+double SumOfSquares(const float* values, size_t count) {
+  double sum = 0;
+  for (size_t i = 0; i < count; ++i) {
+    sum += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+  }
+  return sum;
+}
+
+// Encodes the blocks of a shard batch by batch.
+class ShardEncoder {
+ public:
+  ShardEncoder(const Backend& backend, const ConstTensor& k, const ConstTensor& v, const EncodeOptions& options)
+      : backend_(backend), k_(k), v_(v) {
+    header_.profile = options.profile;
+    header_.dtype = k.dtype;
+    header_.shape = k.shape;
+    header_.first_token = options.first_token;
+    header_.layer = options.layer;
+    header_.raw_rows = std::min(k.shape.tokens, options.raw_tokens - std::min(options.raw_tokens, options.first_token));
+    settings_ = {options.profile, options.max_relative_error, DTypeBytes(k.dtype)};
+    places_.resize(header_.blocks());
+    for (uint32_t i = 0; i < header_.blocks(); ++i) {
+      format::PlaceBlock(header_, i, &places_[i]);
+    }
+    coded_.resize(header_.blocks());
+    energy_.resize(header_.blocks());
+  }
+
+  std::string Run(ShardReport* report) {
+    for (size_t first = 0; first < places_.size(); first += kBatchBlocks) {
+      EncodeBatch(first, std::min(kBatchBlocks, places_.size() - first));
+    }
+    std::string bytes = format::WriteShard(header_, coded_);
+    if (report != nullptr) {
+      *report = MakeReport(bytes.size());
+    }
+    return bytes;
+  }
+
+ private:
+  const ConstTensor& TensorOf(const BlockView& place) const { return place.kind == Kind::kKey ? k_ : v_; }
+
+  void EncodeBatch(size_t first, size_t count) {
+    const size_t d = header_.shape.head_dim;
+    rows_.resize(count * kBlockTokens * d);
+    inputs_.resize(count);
+    outputs_.resize(count);
+    backend_.ForEach(count, [&](size_t i) {
+      const BlockView& place = places_[first + i];
+      float* rows = rows_.data() + i * kBlockTokens * d;
+      GatherRows(TensorOf(place), {place.head, place.first_row, place.rows}, rows);
+      energy_[first + i] = SumOfSquares(rows, place.rows * d);
+      inputs_[i] = {rows, place.rows, header_.shape.head_dim, place.raw_rows};
+    });
+    backend_.EncodeBlocks(settings_, inputs_, outputs_);
+    for (size_t i = 0; i < count; ++i) {
+      const BlockView& place = places_[first + i];
+      format::CodedBlock& coded = coded_[first + i];
+      AppendRowBytes(TensorOf(place), {place.head, place.first_row, place.raw_rows}, &coded.raw_rows);
+      if (outputs_[i].code == BlockCode::kRaw) {
+        AppendRowBytes(TensorOf(place), {place.head, place.first_row + place.raw_rows, place.coded_rows()}, &coded.raw_block);
+      }
+      coded.output = std::move(outputs_[i]);
+    }
+  }
+
+  ShardReport MakeReport(size_t encoded_bytes) const {
+    ShardReport report;
+    report.raw_bytes = header_.raw_bytes();
+    report.encoded_bytes = encoded_bytes;
+    report.entries = 2 * header_.shape.entries();
+    for (size_t i = 0; i < coded_.size(); ++i) {
+      const Backend::BlockOutput& block = coded_[i].output;
+      KindReport& kind = places_[i].kind == Kind::kKey ? report.k : report.v;
+      kind.bytes += coded_[i].raw_rows.size() + coded_[i].raw_block.size() + block.factors.size() + block.scales.size() +
+                    block.codes.size();
+      ++kind.blocks;
+      if (block.code == BlockCode::kRaw) {
+        ++kind.raw_blocks;
+      } else {
+        ++kind.rank_histogram[block.rank];
+      }
+      kind.escalated_blocks += block.escalated ? 1 : 0;
+      if (std::isfinite(energy_[i])) {
+        kind.energy += energy_[i];
+        kind.error_energy += block.error_energy;
+        const double relative = energy_[i] > 0 ? block.error_energy / energy_[i] : 0;
+        kind.max_block_relative_error = std::max(kind.max_block_relative_error, relative);
+      }
+    }
+    // What both share is split evenly.
+    const uint64_t shared = encoded_bytes - report.k.bytes - report.v.bytes;
+    report.k.bytes += shared - shared / 2;
+    report.v.bytes += shared / 2;
+    return report;
+  }
+
+  const Backend& backend_;
+  const ConstTensor& k_;
+  const ConstTensor& v_;
+  ShardHeader header_;
+  Backend::BlockSettings settings_;
+  std::vector<BlockView> places_;
+  std::vector<format::CodedBlock> coded_;
+  std::vector<double> energy_;
+  std::vector<float> rows_;
+  std::vector<Backend::BlockInput> inputs_;
+  std::vector<Backend::BlockOutput> outputs_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::string> EncodeShard(const Backend& backend, const ConstTensor& k, const ConstTensor& v,
+                                        const EncodeOptions& options, ShardReport* report) {
+  KVSHRINK_RETURN_IF_ERROR(CheckArguments(k, v, options));
+  return ShardEncoder(backend, k, v, options).Run(report);
+}
+
+}  // namespace kvshrink

@@ -1,0 +1,183 @@
+#include "reference/reference_encoder.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "stages/eoptshrink.h"
+#include "stages/kvs_factors.h"
+#include "stages/row_scales.h"
+#include "stages/subspace.h"
+
+namespace kvshrink::reference {
+
+using stages::KvsComponent;
+
+namespace {
+
+// What is left of a column that the others span is rounding, a few units in the last place of its length.
+constexpr double kDependent = 1e-12;
+
+Matrix Orthonormalised(const Matrix& columns) {
+  const Matrix gram = columns.transpose() * columns;
+  Matrix factor(stages::kProbes, stages::kProbes);
+  stages::OrthonormalisingFactor(gram.data(), kDependent, factor.data());
+  return columns * factor;
+}
+
+}  // namespace
+
+void ReferenceStages::Load(const Backend::BlockInput& in, int exponent) {
+  raw_rows_ = in.raw_rows;
+  x_ = Matrix::Zero(in.n, in.d);
+  for (uint32_t t = in.raw_rows; t < in.n; ++t) {
+    for (uint32_t c = 0; c < in.d; ++c) {
+      x_(t, c) = std::ldexp(static_cast<double>(in.rows[size_t{t} * in.d + c]), -exponent);
+    }
+  }
+}
+
+ReferenceStages::Spectrum ReferenceStages::ExactEigenpairs() const {
+  const Matrix gram = x_.transpose() * x_;
+  const Eigen::SelfAdjointEigenSolver<Matrix> solver(gram);  // ascending
+  const Eigen::Index count = std::min<Eigen::Index>(stages::kRankCap, std::min(x_.rows(), x_.cols()));
+  Spectrum spectrum;
+  spectrum.vectors = Matrix(x_.cols(), count);
+  for (Eigen::Index i = 0; i < count; ++i) {
+    spectrum.values.push_back(std::max(0.0, solver.eigenvalues()(x_.cols() - 1 - i)));
+    spectrum.vectors.col(i) = solver.eigenvectors().col(x_.cols() - 1 - i);
+  }
+  return spectrum;
+}
+
+ReferenceStages::Spectrum ReferenceStages::LeadingEigenpairs() const {
+  if (exact_) {
+    return ExactEigenpairs();
+  }
+  const Eigen::Index d = x_.cols();
+  Matrix basis(d, stages::kProbes);
+  for (int j = 0; j < stages::kProbes; ++j) {
+    for (Eigen::Index c = 0; c < d; ++c) {
+      basis(c, j) = static_cast<double>(stages::ProbeEntry(static_cast<uint32_t>(j), static_cast<uint32_t>(c)));
+    }
+  }
+  for (int round = 0; round < stages::kSubspaceRounds; ++round) {
+    basis = Orthonormalised(x_.transpose() * (x_ * basis));
+  }
+  basis = Orthonormalised(basis);
+
+  const Matrix projected = x_ * basis;
+  const Matrix small = projected.transpose() * projected;
+  const Eigen::SelfAdjointEigenSolver<Matrix> solver(small);
+  const Eigen::Index count = std::min<Eigen::Index>(stages::kRankCap, std::min(x_.rows(), x_.cols()));
+  Spectrum spectrum;
+  spectrum.vectors = Matrix(d, count);
+  for (Eigen::Index i = 0; i < count; ++i) {
+    const Eigen::Index place = stages::kProbes - 1 - i;
+    spectrum.values.push_back(std::max(0.0, solver.eigenvalues()(place)));
+    spectrum.vectors.col(i) = basis * solver.eigenvectors().col(place);
+  }
+  return spectrum;
+}
+
+Matrix ReferenceStages::CodeKvsFactors(const Spectrum& spectrum, const stages::RankChoice& choice, Backend::BlockOutput* out) const {
+  const auto n = static_cast<uint32_t>(x_.rows());
+  const auto d = static_cast<uint32_t>(x_.cols());
+  const stages::Rotation<double> over_channels(stages::kChannelSeed, d);
+  const stages::Rotation<double> over_tokens(stages::kTokenSeed, n);
+  std::vector<KvsComponent> components(static_cast<size_t>(choice.rank));
+  Matrix channel(choice.rank, d);
+  for (int i = 0; i < choice.rank; ++i) {
+    KvsComponent& component = components[static_cast<size_t>(i)];
+    component.bits = choice.bits[static_cast<size_t>(i)];
+    std::vector<double> v(d);
+    for (uint32_t c = 0; c < d; ++c) {
+      v[c] = spectrum.vectors(c, i);
+    }
+    stages::CodeChannelFactor(over_channels, component.bits.channel, v.data(), &component.channel);
+    stages::DecodeChannelFactor(over_channels, component.bits.channel, component.channel, channel.row(i).data());
+  }
+  // A^T = (V V^T)^-1 V X^T, rows of `channel` being the channel factors as decoded.
+  Matrix token = channel * x_.transpose();
+  Matrix gram = channel * channel.transpose();
+  stages::SolveGram(gram.data(), choice.rank, choice.rank, token.data(), n, n);
+  for (int i = 0; i < choice.rank; ++i) {
+    KvsComponent& component = components[static_cast<size_t>(i)];
+    double* column = token.row(i).data();
+    component.scale = stages::CodeTokenFactor(over_tokens, component.bits.token, column, &component.token);
+    stages::DecodeTokenFactor(over_tokens, component.bits.token, component.scale, component.token, column);
+  }
+  stages::WriteKvsFactors(components, &out->factors);
+  return token.transpose() * channel;
+}
+
+void ReferenceStages::Rotate(Matrix* rows) const {
+  const stages::Rotation<double> rotation(stages::kRowSeed, static_cast<uint32_t>(rows->cols()));
+  for (Eigen::Index t = 0; t < rows->rows(); ++t) {
+    rotation.Apply(rows->row(t).data());
+  }
+}
+
+void ReferenceStages::CodeLowRank(Family family, Backend::BlockOutput* out) {
+  const Eigen::Index m = x_.rows() - raw_rows_;
+  const auto n = static_cast<uint32_t>(x_.rows());
+  const auto d = static_cast<uint32_t>(x_.cols());
+  if (family == Family::kKvs) {
+    const Spectrum spectrum = LeadingEigenpairs();
+    const stages::RankChoice choice = stages::ChooseRank(spectrum.values.data(), static_cast<int>(spectrum.values.size()), energy(),
+                                                         static_cast<int>(n), static_cast<int>(d));
+    out->rank = static_cast<uint32_t>(choice.rank);
+    const Matrix low = choice.rank > 0 ? CodeKvsFactors(spectrum, choice, out) : Matrix::Zero(n, d);
+    residual_ = (x_ - low).bottomRows(m);
+    error_target_ = residual_;
+  } else if (family == Family::kEOptShrinkQ) {
+    const stages::EOptShrinkFactors factors = stages::CodeEOptShrinkFactors(x_.data(), static_cast<int>(n), static_cast<int>(d));
+    out->rank = static_cast<uint32_t>(factors.rank);
+    out->factors = factors.record;
+    std::vector<float> token;
+    std::vector<float> channel;
+    stages::ReadEOptShrinkFactors(factors.record, out->rank, n, d, &token, &channel);
+    const Eigen::Map<const Eigen::Matrix<float, -1, -1, Eigen::RowMajor>> u(token.data(), n, out->rank);
+    const Eigen::Map<const Eigen::Matrix<float, -1, -1, Eigen::RowMajor>> v(channel.data(), out->rank, d);
+    residual_ = (x_ - Eigen::Map<const Matrix>(factors.low.data(), n, d)).bottomRows(m);
+    error_target_ = (x_ - u.cast<double>() * v.cast<double>()).bottomRows(m);
+  } else {
+    residual_ = x_.bottomRows(m);
+    error_target_ = residual_;
+  }
+  Rotate(&residual_);
+  Rotate(&error_target_);
+}
+
+double ReferenceStages::CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales, std::vector<uint8_t>* codes) const {
+  const stages::Codebook& codebook = *stages::CodebookOf(code);
+  const auto d = static_cast<uint32_t>(residual_.cols());
+  std::vector<uint8_t> digits;
+  std::vector<double> row_scales;
+  std::vector<stages::RowSums<double>> sums;
+  for (Eigen::Index t = 0; t < residual_.rows(); ++t) {
+    stages::RowSums<double> own;
+    stages::RowSums<double> target;
+    own.energy = residual_.row(t).squaredNorm();
+    target.energy = error_target_.row(t).squaredNorm();
+    const double inverse = own.energy > 0 ? std::sqrt(d / own.energy) : 0;
+    for (uint32_t c = 0; c < d; ++c) {
+      const int digit = stages::NearestDigit(codebook, residual_(t, c) * inverse);
+      digits.push_back(static_cast<uint8_t>(digit));
+      const auto level = static_cast<double>(codebook.level[digit]);
+      own.level_energy += level * level;
+      target.product += level * error_target_(t, c);
+    }
+    target.level_energy = own.level_energy;
+    row_scales.push_back(stages::WantedScale(family, own, d));
+    sums.push_back(target);
+  }
+  stages::WriteRowScales<double>(family, d, row_scales, scales);
+  stages::PackDigits(code, digits, codes);
+  double error = 0;
+  for (size_t t = 0; t < sums.size(); ++t) {
+    error += sums[t].Error(row_scales[t]);
+  }
+  return error;
+}
+
+}  // namespace kvshrink::reference

@@ -1,0 +1,49 @@
+// The block exponent: magnitudes are coded relative to a power of two near the block's largest, so that scaling a block by a power of two
+// changes its exponent and nothing else (proto/FORMAT.md section 5).
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+
+#include "stages/portable.h"
+
+namespace kvshrink::stages {
+
+struct BlockRange {
+  bool finite = true;
+  float largest = 0;  // magnitude
+};
+
+KVS_FN BlockRange RangeOf(const float* x, size_t count) {
+  BlockRange range;
+  float largest = 0;
+  bool finite = true;
+  for (size_t i = 0; i < count; ++i) {
+    const float magnitude = std::fabs(x[i]);
+    finite &= magnitude <= 3.40282347e38F;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  range.finite = finite;
+  range.largest = largest;
+  return range;
+}
+
+// Exponent that brings a block's largest magnitude into [0.5, 1), where the format can say it: below 2^-126 it stays there. Returns 128
+// for a magnitude of 2^127 and more, which only raw blocks can hold.
+KVS_FN int BlockExponent(float largest) {
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  return exponent < -126 ? -126 : exponent;
+}
+
+// 2^exponent as a product of two floats: one alone may be out of a float's range, or denormal.
+struct PowerOfTwo {
+  float first = 1;
+  float second = 1;
+
+  explicit PowerOfTwo(int exponent)
+      : first(std::ldexp(1.0F, exponent / 2)), second(std::ldexp(1.0F, exponent - exponent / 2)) {}
+  float Times(float x) const { return x * first * second; }
+};
+
+}  // namespace kvshrink::stages

@@ -5,18 +5,19 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
-#include <cstdlib>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
-#include "kvshrink/error.h"
+#include "kvshrink/client/status.h"
 
 namespace kvshrink::client {
 namespace {
 
+constexpr int kMaxNameAttempts = 100;  // names left behind by a process that had our id
+
 absl::Status SystemError(std::string_view action, const std::string& path) {
-  return absl::ErrnoToStatus(errno, absl::StrCat("cannot ", action, " '", path, "'"));
+  return absl::ErrnoToStatus(errno, Cat("cannot ", action, " '", path, "'"));
 }
 
 std::string DirectoryOf(const std::string& path) {
@@ -98,25 +99,27 @@ void MappedFile::Unmap() {
 
 absl::StatusOr<AtomicFile> AtomicFile::Create(const std::string& path) {
   struct stat info {};
-  mode_t mode = 0;
-  if (stat(path.c_str(), &info) == 0) {
-    // A rename over a device or a pipe would replace it.
-    if (!S_ISREG(info.st_mode)) {
-      return BadArgument("path", path, "must be a regular file or not exist");
-    }
-    mode = info.st_mode & 07777;
-  } else {
-    const mode_t mask = umask(0);
-    umask(mask);
-    mode = 0666 & ~mask;
+  const bool exists = stat(path.c_str(), &info) == 0;
+  // A rename over a device or a pipe would replace it.
+  if (exists && !S_ISREG(info.st_mode)) {
+    return BadArgument("path", path, "must be a regular file or not exist");
   }
-  std::string temporary = absl::StrCat(path, ".tmp-XXXXXX");
-  const int descriptor = mkostemp(temporary.data(), O_CLOEXEC);
+  // A name of our own rather than mkostemp's, whose mode of 0600 ignores the umask.
+  static std::atomic<uint64_t> counter{0};
+  std::string temporary;
+  int descriptor = -1;
+  for (int attempt = 0; attempt < kMaxNameAttempts && descriptor < 0; ++attempt) {
+    temporary = Cat(path, ".tmp-", getpid(), "-", counter.fetch_add(1));
+    descriptor = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (descriptor < 0 && errno != EEXIST) {
+      break;
+    }
+  }
   if (descriptor < 0) {
     return SystemError("create", temporary);
   }
   AtomicFile file(path, std::move(temporary), descriptor);
-  if (fchmod(descriptor, mode) != 0) {
+  if (exists && fchmod(descriptor, info.st_mode & 07777) != 0) {
     return SystemError("set the mode of", file.temporary_);
   }
   return file;

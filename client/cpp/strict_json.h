@@ -9,7 +9,8 @@
 
 namespace kvshrink::client {
 
-// An object without a key twice and nested at most `max_depth` deep (1 = values only). Errors: DATA_LOSS naming `field`.
+// An object without a key twice and nested at most `max_depth` deep (1 = values only). Errors:
+// DATA_LOSS naming `field`.
 absl::StatusOr<nlohmann::json> ParseStrictJson(std::string_view text, std::string_view field,
                                                int max_depth);
 

@@ -10,11 +10,13 @@
 
 namespace kvshrink::client {
 
-// A regular file mapped read-only. Views of bytes() live as long as this object, wherever it is moved to. A file that another
-// process shortens meanwhile raises SIGBUS on access, as with every mapping.
+// A regular file mapped read-only. Views of bytes() live as long as this object, wherever it is
+// moved to. A file that another process shortens meanwhile raises SIGBUS on access, as with every
+// mapping.
 class MappedFile {
  public:
-  // Errors: NOT_FOUND, PERMISSION_DENIED, ... from the system; INVALID_ARGUMENT when it is no regular file.
+  // Errors: NOT_FOUND, PERMISSION_DENIED, ... from the system; INVALID_ARGUMENT when it is no
+  // regular file.
   static absl::StatusOr<MappedFile> Open(const std::string& path);
   MappedFile() = default;
   MappedFile(MappedFile&& other) noexcept;
@@ -30,8 +32,8 @@ class MappedFile {
   size_t size_ = 0;
 };
 
-// Writes beside `path` and takes its place on Commit; a reader sees the old file or the new one, never a part, also after a crash.
-// Without Commit nothing is left behind.
+// Writes beside `path` and takes its place on Commit; a reader sees the old file or the new one,
+// never a part, also after a crash. Without Commit nothing is left behind.
 class AtomicFile {
  public:
   // INVALID_ARGUMENT when `path` is there and no regular file.

@@ -1,4 +1,5 @@
-// The safetensors format: named tensors behind a JSON header. Reading checks everything that the format promises; nothing is copied.
+// The safetensors format: named tensors behind a JSON header. Reading checks everything that the
+// format promises; nothing is copied.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +30,8 @@ struct SafeTensor {
 // The tensors of a byte string, as views of it.
 class Safetensors {
  public:
-  // Errors: DATA_LOSS naming the field. As the format demands, the tensors cover the data without overlap or gap.
+  // Errors: DATA_LOSS naming the field. As the format demands, the tensors cover the data without
+  // overlap or gap.
   static absl::StatusOr<Safetensors> Parse(std::string_view bytes);
 
   const Metadata& metadata() const { return metadata_; }
@@ -43,7 +45,8 @@ class Safetensors {
 // Bytes of an element; 0 for a dtype that the format doesn't know.
 uint64_t SafetensorsDtypeBytes(std::string_view dtype);
 
-// Writes a file whose tensors are known by shape before their values: the values may come in parts and in any order.
+// Writes a file whose tensors are known by shape before their values: the values may come in parts
+// and in any order.
 class SafetensorsWriter {
  public:
   struct Tensor {
@@ -52,13 +55,15 @@ class SafetensorsWriter {
     std::vector<uint64_t> shape;
   };
 
-  // Tensors lie in the file in the order given. Errors: INVALID_ARGUMENT (a name twice, an unknown dtype, sizes that overflow), system errors.
+  // Tensors lie in the file in the order given. Errors: INVALID_ARGUMENT (a name twice, an unknown
+  // dtype, sizes that overflow), system errors.
   static absl::StatusOr<SafetensorsWriter> Create(const std::string& path, const Metadata& metadata,
                                                   std::vector<Tensor> tensors);
 
   // Bytes of tensor `index` from `offset` on. OUT_OF_RANGE beyond its end.
   absl::Status Write(size_t index, uint64_t offset, std::string_view bytes);
-  // Makes the file visible. Refuses with FAILED_PRECONDITION while fewer bytes were written than the tensors have.
+  // Makes the file visible. Refuses with FAILED_PRECONDITION while fewer bytes were written than
+  // the tensors have.
   absl::Status Finish();
 
  private:

@@ -1,7 +1,9 @@
 // Traces: keys, values and queries of a model run, in a safetensors file.
 //   layer.{i}.k, layer.{i}.v  [tokens, kv_heads, head_dim]        F16, BF16, F32 or F8_E4M3
-//   layer.{i}.q               [tail tokens, q_heads, head_dim]    optional: queries of the last tokens
-// Layer numbers may be sparse. Metadata `scale` and `raw_tokens` are honoured; everything else is kept as it is.
+//   layer.{i}.q               [tail tokens, q_heads, head_dim]    optional: queries of the last
+//   tokens
+// Layer numbers may be sparse. Metadata `scale` and `raw_tokens` are honoured; everything else is
+// kept as it is.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +21,8 @@
 
 namespace kvshrink::client {
 
-// Queries of the last `tokens` tokens of the trace: the position of query i is trace tokens - tokens + i.
+// Queries of the last `tokens` tokens of the trace: the position of query i is trace tokens -
+// tokens + i.
 struct TraceQueries {
   const std::byte* data = nullptr;  // [tokens, q_heads, head_dim], packed
   DType dtype = DType::kFp16;
@@ -82,7 +85,8 @@ class TraceWriter {
 
   static absl::StatusOr<TraceWriter> Create(const std::string& path, const Metadata& metadata,
                                             std::span<const Layer> layers);
-  // Packed [T,H,D] rows of K and V from token `first_token` of the run on; `index` counts the layers as given.
+  // Packed [T,H,D] rows of K and V from token `first_token` of the run on; `index` counts the
+  // layers as given.
   absl::Status Write(size_t index, uint32_t first_token, std::string_view k, std::string_view v);
   absl::Status Finish() { return writer_.Finish(); }
 

@@ -12,6 +12,8 @@
 
 namespace kvshrink::store {
 
+class Clock;
+
 // Immutable bytes of a shard, shared by readers and the host tier without copies.
 using Bytes = std::shared_ptr<const std::string>;
 
@@ -53,12 +55,14 @@ struct ChunkStat {
   std::vector<TierName> tiers;    // that hold all of its shards
 };
 
+// Budgets count 256 bytes per shard beside its bytes, for what the store keeps about it in memory.
 struct StoreOptions {
   std::string data_dir;                         // "" = no disk tier
   uint64_t host_bytes = uint64_t{1} << 30;      // host tier: shards kept in memory
   uint64_t disk_bytes = uint64_t{16} << 30;     // disk tier
   uint64_t uncommitted_bytes = uint64_t{1} << 30;  // shards of chunks that aren't committed
-  int64_t uncommitted_ttl_ms = 10 * 60 * 1000;
+  int64_t uncommitted_ttl_ms = 10 * 60 * 1000;  // since the chunk's last new shard
+  const Clock* clock = nullptr;                 // outlives the store; null = this machine's (clock.h)
 };
 
 struct PutResult {
@@ -89,6 +93,7 @@ struct TierUsage {
   uint64_t used_bytes = 0;
 };
 
+// Since the store was opened. Hits and misses are of Get; a quarantined shard is one found damaged, which took its chunk out.
 struct StoreCounters {
   uint64_t host_hits = 0, disk_hits = 0, misses = 0, evicted_chunks = 0, quarantined_shards = 0, expired_uncommitted = 0;
 };

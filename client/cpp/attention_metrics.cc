@@ -92,7 +92,7 @@ absl::Status CheckKeysValues(const KeysValues& kv) {
     return BadArgument("tokens", kv.shape.tokens, "must be at least 1");
   }
   if (kv.k.size() != kv.shape.entries() || kv.v.size() != kv.shape.entries()) {
-    return BadArgument("values", kv.k.size(), Cat("the shape has ", kv.shape.entries()));
+    return BadArgument("values", kv.k.size(), StrCat("the shape has ", kv.shape.entries()));
   }
   return absl::OkStatus();
 }
@@ -100,17 +100,17 @@ absl::Status CheckKeysValues(const KeysValues& kv) {
 absl::Status CheckQueries(const Queries& queries, const TensorShape& shape) {
   if (queries.q_heads < 1 || queries.q_heads % shape.kv_heads != 0) {
     return BadArgument("q_heads", queries.q_heads,
-                       Cat("must be a multiple of the ", shape.kv_heads, " kv heads"));
+                       StrCat("must be a multiple of the ", shape.kv_heads, " kv heads"));
   }
   if (queries.tokens < 1 || queries.tokens > shape.tokens ||
       queries.first_position > shape.tokens - queries.tokens) {
     return BadArgument(
         "first_position", queries.first_position,
-        Cat("with ", queries.tokens, " queries must stay within the ", shape.tokens, " tokens"));
+        StrCat("with ", queries.tokens, " queries must stay within the ", shape.tokens, " tokens"));
   }
   const size_t values = size_t{queries.tokens} * queries.q_heads * shape.head_dim;
   if (queries.values.size() != values) {
-    return BadArgument("queries", queries.values.size(), Cat("their shape has ", values));
+    return BadArgument("queries", queries.values.size(), StrCat("their shape has ", values));
   }
   return absl::OkStatus();
 }

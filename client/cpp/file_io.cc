@@ -17,7 +17,7 @@ namespace {
 constexpr int kMaxNameAttempts = 100;  // names left behind by a process that had our id
 
 absl::Status SystemError(std::string_view action, const std::string& path) {
-  return absl::ErrnoToStatus(errno, Cat("cannot ", action, " '", path, "'"));
+  return absl::ErrnoToStatus(errno, StrCat("cannot ", action, " '", path, "'"));
 }
 
 std::string DirectoryOf(const std::string& path) {
@@ -109,7 +109,7 @@ absl::StatusOr<AtomicFile> AtomicFile::Create(const std::string& path) {
   std::string temporary;
   int descriptor = -1;
   for (int attempt = 0; attempt < kMaxNameAttempts && descriptor < 0; ++attempt) {
-    temporary = Cat(path, ".tmp-", getpid(), "-", counter.fetch_add(1));
+    temporary = StrCat(path, ".tmp-", getpid(), "-", counter.fetch_add(1));
     descriptor = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (descriptor < 0 && errno != EEXIST) {
       break;

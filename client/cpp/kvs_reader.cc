@@ -11,7 +11,7 @@ namespace {
 
 template <typename Value>
 absl::Status BadFile(std::string_view field, const Value& value, std::string_view rule) {
-  return absl::DataLossError(Cat("kvs field '", field, "' is ", value, ": ", rule));
+  return absl::DataLossError(StrCat("kvs field '", field, "' is ", value, ": ", rule));
 }
 
 absl::Status CheckChecksum(std::string_view field, uint64_t stored, std::string_view bytes) {
@@ -24,7 +24,7 @@ absl::Status CheckChecksum(std::string_view field, uint64_t stored, std::string_
 }
 
 std::string DirectoryField(size_t number, std::string_view field) {
-  return Cat("directory[", number, "].", field);
+  return StrCat("directory[", number, "].", field);
 }
 
 absl::Status CheckHeader(const KvsHeader& header) {
@@ -32,18 +32,18 @@ absl::Status CheckHeader(const KvsHeader& header) {
     return BadFile("flags", header.flags, "only bit 0 may be set");
   }
   if (header.chunks < 1 || header.chunks > kMaxKvsChunks) {
-    return BadFile("chunks", header.chunks, Cat("must be 1..", kMaxKvsChunks));
+    return BadFile("chunks", header.chunks, StrCat("must be 1..", kMaxKvsChunks));
   }
   if (header.layers < 1 || header.layers > kMaxKvsLayers) {
-    return BadFile("layers", header.layers, Cat("must be 1..", kMaxKvsLayers));
+    return BadFile("layers", header.layers, StrCat("must be 1..", kMaxKvsLayers));
   }
   if (uint64_t{header.chunks} * header.layers > kMaxKvsShards) {
     return BadFile("layers", header.layers,
-                   Cat("times ", header.chunks, " chunks must be at most ", kMaxKvsShards));
+                   StrCat("times ", header.chunks, " chunks must be at most ", kMaxKvsShards));
   }
   if (header.metadata_bytes < 2 || header.metadata_bytes > kMaxKvsMetadataBytes) {
     return BadFile("metadata_bytes", header.metadata_bytes,
-                   Cat("must be 2..", kMaxKvsMetadataBytes));
+                   StrCat("must be 2..", kMaxKvsMetadataBytes));
   }
   if (header.reserved != 0) {
     return BadFile("reserved", header.reserved, "must be 0");
@@ -57,26 +57,27 @@ absl::Status CheckEntry(const std::vector<KvsEntry>& before, const KvsEntry& ent
   const size_t number = before.size();
   const size_t place = number % layers;
   if (entry.chunk != number / layers) {
-    return BadFile(DirectoryField(number, "chunk"), entry.chunk, Cat("must be ", number / layers));
+    return BadFile(DirectoryField(number, "chunk"), entry.chunk,
+                   StrCat("must be ", number / layers));
   }
   if (entry.layer > kMaxLayer) {
-    return BadFile(DirectoryField(number, "layer"), entry.layer, Cat("must be 0..", kMaxLayer));
+    return BadFile(DirectoryField(number, "layer"), entry.layer, StrCat("must be 0..", kMaxLayer));
   }
   if (number >= layers && entry.layer != before[place].layer) {
     return BadFile(DirectoryField(number, "layer"), entry.layer,
-                   Cat("must be ", before[place].layer, " as in the first chunk"));
+                   StrCat("must be ", before[place].layer, " as in the first chunk"));
   }
   if (place > 0 && entry.layer <= before.back().layer) {
     return BadFile(DirectoryField(number, "layer"), entry.layer,
-                   Cat("must be above ", before.back().layer));
+                   StrCat("must be above ", before.back().layer));
   }
   if (entry.offset_bytes != at) {
-    return BadFile(DirectoryField(number, "offset"), entry.offset_bytes, Cat("must be ", at));
+    return BadFile(DirectoryField(number, "offset"), entry.offset_bytes, StrCat("must be ", at));
   }
   if (entry.length_bytes < kMinShardBytes || entry.length_bytes > file_bytes - at) {
-    return BadFile(
-        DirectoryField(number, "length"), entry.length_bytes,
-        Cat("must be at least ", kMinShardBytes, " and within the file's ", file_bytes, " bytes"));
+    return BadFile(DirectoryField(number, "length"), entry.length_bytes,
+                   StrCat("must be at least ", kMinShardBytes, " and within the file's ",
+                          file_bytes, " bytes"));
   }
   return absl::OkStatus();
 }
@@ -117,7 +118,7 @@ absl::Status KvsFile::ReadBareShard() {
 
 absl::Status KvsFile::ReadHeader() {
   if (bytes_.size() < kKvsHeaderBytes) {
-    return BadFile("size", bytes_.size(), Cat("a header has ", kKvsHeaderBytes, " bytes"));
+    return BadFile("size", bytes_.size(), StrCat("a header has ", kKvsHeaderBytes, " bytes"));
   }
   if (bytes_.substr(0, kKvsMagic.size()) != kKvsMagic) {
     return BadFile("magic", absl::StrFormat("%08x", UnpackKvsEntry(bytes_).chunk),
@@ -125,7 +126,7 @@ absl::Status KvsFile::ReadHeader() {
   }
   const KvsHeader header = UnpackKvsHeader(bytes_);
   if (header.version != kKvsVersion) {
-    return BadFile("version", header.version, Cat("must be ", kKvsVersion));
+    return BadFile("version", header.version, StrCat("must be ", kKvsVersion));
   }
   KVSHRINK_RETURN_IF_ERROR(CheckChecksum("header_checksum", header.header_checksum,
                                          bytes_.substr(0, kKvsCheckedHeaderBytes)));
@@ -134,7 +135,7 @@ absl::Status KvsFile::ReadHeader() {
   const uint64_t needed = kKvsHeaderBytes + directory_bytes + header.metadata_bytes;
   if (bytes_.size() < needed) {
     return BadFile("size", bytes_.size(),
-                   Cat("header, directory and metadata are ", needed, " bytes"));
+                   StrCat("header, directory and metadata are ", needed, " bytes"));
   }
   KVSHRINK_RETURN_IF_ERROR(CheckChecksum("directory_checksum", header.directory_checksum,
                                          bytes_.substr(kKvsHeaderBytes, directory_bytes)));
@@ -160,7 +161,7 @@ absl::Status KvsFile::ReadDirectory() {
   }
   if (at != bytes_.size()) {
     return BadFile(DirectoryField(count - 1, "length"), entries_.back().length_bytes,
-                   Cat("the last shard must end with the file, at ", bytes_.size()));
+                   StrCat("the last shard must end with the file, at ", bytes_.size()));
   }
   for (uint32_t i = 0; i < header.layers; ++i) {
     layers_.push_back(entries_[i].layer);
@@ -186,7 +187,7 @@ absl::StatusOr<Shard> KvsFile::ReadShard(size_t number) const {
   }
   auto shard = Shard::Parse(bytes, previews_ ? Extent::kAllowPreview : Extent::kWhole);
   if (!shard.ok()) {
-    return InContext(Cat("chunk ", entry.chunk, ", layer ", entry.layer), shard.status());
+    return InContext(StrCat("chunk ", entry.chunk, ", layer ", entry.layer), shard.status());
   }
   return shard;
 }
@@ -200,7 +201,7 @@ absl::Status KvsFile::ForEachShard(const Visit& visit) const {
       status = visit(entries_[i], shard);
     }
     if (!status.ok()) {
-      return InContext(Cat("chunk ", entries_[i].chunk, ", layer ", entries_[i].layer), status);
+      return InContext(StrCat("chunk ", entries_[i].chunk, ", layer ", entries_[i].layer), status);
     }
   }
   return absl::OkStatus();

@@ -12,21 +12,21 @@ namespace {
 
 absl::Status CheckContents(const KvsWriter::Contents& contents) {
   if (contents.chunks < 1 || contents.chunks > kMaxKvsChunks) {
-    return BadArgument("chunks", contents.chunks, Cat("must be 1..", kMaxKvsChunks));
+    return BadArgument("chunks", contents.chunks, StrCat("must be 1..", kMaxKvsChunks));
   }
   const size_t layers = contents.layers.size();
   if (layers < 1 || layers > kMaxKvsLayers || layers * contents.chunks > kMaxKvsShards) {
     return BadArgument("layers", layers,
-                       Cat("must be 1..", kMaxKvsLayers, ", and at most ", kMaxKvsShards,
-                           " with all ", contents.chunks, " chunks"));
+                       StrCat("must be 1..", kMaxKvsLayers, ", and at most ", kMaxKvsShards,
+                              " with all ", contents.chunks, " chunks"));
   }
   const auto unordered = std::adjacent_find(contents.layers.begin(), contents.layers.end(),
                                             std::greater_equal<uint32_t>());
   if (unordered != contents.layers.end()) {
-    return BadArgument("layer", *(unordered + 1), Cat("must be above ", *unordered));
+    return BadArgument("layer", *(unordered + 1), StrCat("must be above ", *unordered));
   }
   if (contents.layers.back() > kMaxLayer) {
-    return BadArgument("layer", contents.layers.back(), Cat("must be 0..", kMaxLayer));
+    return BadArgument("layer", contents.layers.back(), StrCat("must be 0..", kMaxLayer));
   }
   return absl::OkStatus();
 }
@@ -43,7 +43,7 @@ absl::StatusOr<std::string> MetadataText(const Metadata& metadata) {
   }
   if (text.size() > kMaxKvsMetadataBytes) {
     return BadArgument("metadata_bytes", text.size(),
-                       Cat("must be at most ", kMaxKvsMetadataBytes));
+                       StrCat("must be at most ", kMaxKvsMetadataBytes));
   }
   return text;
 }
@@ -70,7 +70,7 @@ absl::Status KvsWriter::Append(std::string_view shard) {
   const size_t layers = contents_.layers.size();
   const size_t number = entries_.size();
   if (number == layers * contents_.chunks) {
-    return absl::OutOfRangeError(Cat("the file has all its ", number, " shards"));
+    return absl::OutOfRangeError(StrCat("the file has all its ", number, " shards"));
   }
   KVSHRINK_ASSIGN_OR_RETURN(
       const Shard parsed,
@@ -87,7 +87,7 @@ absl::Status KvsWriter::Finish() {
   const size_t expected = contents_.layers.size() * contents_.chunks;
   if (entries_.size() != expected) {
     return absl::FailedPreconditionError(
-        Cat("the file has ", entries_.size(), " of its ", expected, " shards"));
+        StrCat("the file has ", entries_.size(), " of its ", expected, " shards"));
   }
   std::string directory;
   directory.reserve(entries_.size() * kKvsEntryBytes);

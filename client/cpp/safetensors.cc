@@ -17,7 +17,7 @@ constexpr std::string_view kMetadataKey = "__metadata__";
 
 template <typename Value>
 absl::Status BadFile(std::string_view field, const Value& value, std::string_view rule) {
-  return absl::DataLossError(Cat("safetensors field '", field, "' is ", value, ": ", rule));
+  return absl::DataLossError(StrCat("safetensors field '", field, "' is ", value, ": ", rule));
 }
 
 uint64_t ReadLength(std::string_view bytes) {
@@ -66,14 +66,14 @@ struct Range {
 absl::StatusOr<std::vector<uint64_t>> ReadNumbers(const nlohmann::json& entry,
                                                   const std::string& name, const char* key,
                                                   size_t max_count) {
-  const std::string field = Cat(name, ".", key);
+  const std::string field = StrCat(name, ".", key);
   const auto found = entry.find(key);
   if (found == entry.end() || !found->is_array()) {
     return BadFile(field, "missing or no array", "must be an array of numbers");
   }
   if (found->size() > max_count) {
-    return BadFile(field, Cat("of ", found->size(), " numbers"),
-                   Cat("must have at most ", max_count));
+    return BadFile(field, StrCat("of ", found->size(), " numbers"),
+                   StrCat("must have at most ", max_count));
   }
   std::vector<uint64_t> numbers;
   for (const nlohmann::json& number : *found) {
@@ -92,13 +92,13 @@ absl::StatusOr<SafeTensor> ReadEntry(const std::string& name, const nlohmann::js
   }
   const auto dtype = entry.find("dtype");
   if (dtype == entry.end() || !dtype->is_string()) {
-    return BadFile(Cat(name, ".dtype"), "missing or no string", "must name a dtype");
+    return BadFile(StrCat(name, ".dtype"), "missing or no string", "must name a dtype");
   }
   SafeTensor tensor;
   tensor.dtype = dtype->get<std::string>();
   const uint64_t element_bytes = SafetensorsDtypeBytes(tensor.dtype);
   if (element_bytes == 0) {
-    return BadFile(Cat(name, ".dtype"), tensor.dtype.substr(0, 32), "must be a known dtype");
+    return BadFile(StrCat(name, ".dtype"), tensor.dtype.substr(0, 32), "must be a known dtype");
   }
   auto shape = ReadNumbers(entry, name, "shape", kMaxSafetensorsDims);
   if (!shape.ok()) {
@@ -109,18 +109,18 @@ absl::StatusOr<SafeTensor> ReadEntry(const std::string& name, const nlohmann::js
   if (!offsets.ok()) {
     return offsets.status();
   }
-  const std::string field = Cat(name, ".data_offsets");
+  const std::string field = StrCat(name, ".data_offsets");
   if (offsets->size() != 2) {
-    return BadFile(field, Cat("of ", offsets->size(), " numbers"), "must be [begin, end]");
+    return BadFile(field, StrCat("of ", offsets->size(), " numbers"), "must be [begin, end]");
   }
   const auto [begin, end] = std::pair((*offsets)[0], (*offsets)[1]);
   if (begin > end || end > data.size()) {
-    return BadFile(field, Cat("[", begin, ", ", end, "]"),
-                   Cat("must be ascending and within the ", data.size(), " bytes of data"));
+    return BadFile(field, StrCat("[", begin, ", ", end, "]"),
+                   StrCat("must be ascending and within the ", data.size(), " bytes of data"));
   }
   const auto bytes = ShapeBytes(tensor.shape, element_bytes);
   if (!bytes || *bytes != end - begin) {
-    return BadFile(field, Cat("[", begin, ", ", end, "]"),
+    return BadFile(field, StrCat("[", begin, ", ", end, "]"),
                    "must span exactly what shape and dtype need");
   }
   tensor.bytes = data.substr(begin, end - begin);
@@ -134,13 +134,15 @@ absl::Status CheckCoverage(std::vector<Range> ranges, uint64_t data_bytes) {
   uint64_t position = 0;
   for (const Range& range : ranges) {
     if (range.begin != position) {
-      return BadFile(Cat(range.name, ".data_offsets"), Cat("[", range.begin, ", ", range.end, "]"),
-                     Cat("must begin at ", position, ", without overlap or gap"));
+      return BadFile(StrCat(range.name, ".data_offsets"),
+                     StrCat("[", range.begin, ", ", range.end, "]"),
+                     StrCat("must begin at ", position, ", without overlap or gap"));
     }
     position = range.end;
   }
   if (position != data_bytes) {
-    return BadFile("size", data_bytes, Cat("must end with the last tensor's data, at ", position));
+    return BadFile("size", data_bytes,
+                   StrCat("must end with the last tensor's data, at ", position));
   }
   return absl::OkStatus();
 }
@@ -167,11 +169,11 @@ absl::StatusOr<Safetensors> Safetensors::Parse(std::string_view bytes) {
   const uint64_t header_bytes = ReadLength(bytes);
   if (header_bytes > kMaxSafetensorsHeaderBytes) {
     return BadFile("header_length", header_bytes,
-                   Cat("must be at most ", kMaxSafetensorsHeaderBytes));
+                   StrCat("must be at most ", kMaxSafetensorsHeaderBytes));
   }
   if (header_bytes > bytes.size() - kLengthBytes) {
     return BadFile("header_length", header_bytes,
-                   Cat("must fit the file of ", bytes.size(), " bytes"));
+                   StrCat("must fit the file of ", bytes.size(), " bytes"));
   }
   const std::string_view header = bytes.substr(kLengthBytes, header_bytes);
   if (header.empty() || header[0] != '{') {
@@ -224,7 +226,7 @@ absl::StatusOr<SafetensorsWriter> SafetensorsWriter::Create(const std::string& p
     }
     const auto bytes = ShapeBytes(tensor.shape, element_bytes);
     if (!bytes || *bytes > std::numeric_limits<int64_t>::max() - position) {
-      return BadArgument("shape", Cat("of '", tensor.name, "'"), "must not overflow");
+      return BadArgument("shape", StrCat("of '", tensor.name, "'"), "must not overflow");
     }
     if (header.contains(tensor.name)) {
       return BadArgument("name", tensor.name, "must be there once");
@@ -244,7 +246,7 @@ absl::StatusOr<SafetensorsWriter> SafetensorsWriter::Create(const std::string& p
   text.append((kLengthBytes - text.size() % kLengthBytes) % kLengthBytes, ' ');  // aligns the data
   if (text.size() > kMaxSafetensorsHeaderBytes) {
     return BadArgument("header_length", text.size(),
-                       Cat("must be at most ", kMaxSafetensorsHeaderBytes));
+                       StrCat("must be at most ", kMaxSafetensorsHeaderBytes));
   }
   for (Place& place : places) {
     place.offset += kLengthBytes + text.size();
@@ -263,12 +265,12 @@ SafetensorsWriter::SafetensorsWriter(AtomicFile file, std::vector<Place> places)
 
 absl::Status SafetensorsWriter::Write(size_t index, uint64_t offset, std::string_view bytes) {
   if (index >= places_.size()) {
-    return absl::OutOfRangeError(Cat("tensor ", index, " of ", places_.size()));
+    return absl::OutOfRangeError(StrCat("tensor ", index, " of ", places_.size()));
   }
   Place& place = places_[index];
   if (offset > place.bytes || bytes.size() > place.bytes - offset) {
-    return absl::OutOfRangeError(Cat("tensor '", place.name, "' has ", place.bytes,
-                                     " bytes: cannot write ", bytes.size(), " at ", offset));
+    return absl::OutOfRangeError(StrCat("tensor '", place.name, "' has ", place.bytes,
+                                        " bytes: cannot write ", bytes.size(), " at ", offset));
   }
   place.written_bytes += bytes.size();
   return file_.WriteAt(place.offset + offset, bytes);
@@ -277,9 +279,9 @@ absl::Status SafetensorsWriter::Write(size_t index, uint64_t offset, std::string
 absl::Status SafetensorsWriter::Finish() {
   for (const Place& place : places_) {
     if (place.written_bytes < place.bytes) {
-      return absl::FailedPreconditionError(Cat("tensor '", place.name, "' has ",
-                                               place.written_bytes, " of its ", place.bytes,
-                                               " bytes"));
+      return absl::FailedPreconditionError(StrCat("tensor '", place.name, "' has ",
+                                                  place.written_bytes, " of its ", place.bytes,
+                                                  " bytes"));
     }
   }
   return file_.Commit();

@@ -15,7 +15,7 @@ constexpr size_t kMaxQuotedBytes = 160;
 
 std::string Quoted(std::string_view text) {
   return text.size() <= kMaxQuotedBytes ? std::string(text)
-                                        : Cat(text.substr(0, kMaxQuotedBytes), "...");
+                                        : StrCat(text.substr(0, kMaxQuotedBytes), "...");
 }
 
 }  // namespace
@@ -28,7 +28,7 @@ absl::StatusOr<nlohmann::json> ParseStrictJson(std::string_view text, std::strin
     using Event = nlohmann::json::parse_event_t;
     if (event == Event::object_start || event == Event::array_start) {
       if (depth >= max_depth) {
-        violation = Cat("nested deeper than ", max_depth);
+        violation = StrCat("nested deeper than ", max_depth);
         return false;  // drops the value, so that nothing deep is ever built
       }
       keys.emplace_back();
@@ -37,7 +37,7 @@ absl::StatusOr<nlohmann::json> ParseStrictJson(std::string_view text, std::strin
     } else if (event == Event::key && !keys.empty()) {
       const auto& key = parsed.get_ref<const std::string&>();
       if (!keys.back().insert(key).second) {
-        violation = Cat("key '", Quoted(key), "' is there twice");
+        violation = StrCat("key '", Quoted(key), "' is there twice");
       }
     }
     return violation.empty();
@@ -46,14 +46,14 @@ absl::StatusOr<nlohmann::json> ParseStrictJson(std::string_view text, std::strin
   try {
     json = nlohmann::json::parse(text.begin(), text.end(), watch);
   } catch (const nlohmann::json::exception& error) {
-    return absl::DataLossError(Cat("field '", field, "' is no JSON: ", Quoted(error.what())));
+    return absl::DataLossError(StrCat("field '", field, "' is no JSON: ", Quoted(error.what())));
   }
   if (!violation.empty()) {
-    return absl::DataLossError(Cat("field '", field, "' is refused: ", violation));
+    return absl::DataLossError(StrCat("field '", field, "' is refused: ", violation));
   }
   if (!json.is_object()) {
     return absl::DataLossError(
-        Cat("field '", field, "' is ", json.type_name(), ": must be an object"));
+        StrCat("field '", field, "' is ", json.type_name(), ": must be an object"));
   }
   return json;
 }
@@ -61,13 +61,13 @@ absl::StatusOr<nlohmann::json> ParseStrictJson(std::string_view text, std::strin
 absl::StatusOr<Metadata> MetadataFromJson(const nlohmann::json& object, std::string_view field) {
   if (!object.is_object()) {
     return absl::DataLossError(
-        Cat("field '", field, "' is ", object.type_name(), ": must be an object"));
+        StrCat("field '", field, "' is ", object.type_name(), ": must be an object"));
   }
   Metadata metadata;
   for (const auto& [key, value] : object.items()) {
     if (!value.is_string()) {
-      return absl::DataLossError(Cat("field '", field, ".", Quoted(key), "' is ", value.type_name(),
-                                     ": must be a string"));
+      return absl::DataLossError(StrCat("field '", field, ".", Quoted(key), "' is ",
+                                        value.type_name(), ": must be a string"));
     }
     metadata.emplace(key, value.get_ref<const std::string&>());
   }

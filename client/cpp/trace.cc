@@ -17,7 +17,7 @@ constexpr uint32_t kMaxTraceQHeads = 1024;
 
 template <typename Value>
 absl::Status BadTrace(std::string_view field, const Value& value, std::string_view rule) {
-  return absl::DataLossError(Cat("trace field '", field, "' is ", value, ": ", rule));
+  return absl::DataLossError(StrCat("trace field '", field, "' is ", value, ": ", rule));
 }
 
 // layer.{i}.k -> (i, 'k'); nullopt for another name.
@@ -48,16 +48,17 @@ absl::StatusOr<Tensor3> ReadTensor(const std::string& name, const SafeTensor& te
                                    const uint32_t (&limits)[3]) {
   const auto dtype = DTypeFromSafetensors(tensor.dtype);
   if (!dtype) {
-    return BadTrace(Cat(name, ".dtype"), tensor.dtype, "must be F16, BF16, F32 or F8_E4M3");
+    return BadTrace(StrCat(name, ".dtype"), tensor.dtype, "must be F16, BF16, F32 or F8_E4M3");
   }
   if (tensor.shape.size() != 3) {
-    return BadTrace(Cat(name, ".shape"), Cat("of ", tensor.shape.size(), " sizes"),
+    return BadTrace(StrCat(name, ".shape"), StrCat("of ", tensor.shape.size(), " sizes"),
                     "must be [tokens, heads, head_dim]");
   }
   Tensor3 result{reinterpret_cast<const std::byte*>(tensor.bytes.data()), *dtype, {}};
   for (size_t i = 0; i < 3; ++i) {
     if (tensor.shape[i] < 1 || tensor.shape[i] > limits[i]) {
-      return BadTrace(Cat(name, ".shape[", i, "]"), tensor.shape[i], Cat("must be 1..", limits[i]));
+      return BadTrace(StrCat(name, ".shape[", i, "]"), tensor.shape[i],
+                      StrCat("must be 1..", limits[i]));
     }
     result.sizes[i] = static_cast<uint32_t>(tensor.shape[i]);
   }
@@ -80,12 +81,12 @@ absl::StatusOr<TraceQueries> ReadQueries(const std::string& name, const SafeTens
     return read.status();
   }
   if (read->sizes[1] % kv.kv_heads != 0) {
-    return BadTrace(Cat(name, ".shape[1]"), read->sizes[1],
-                    Cat("must be a multiple of the ", kv.kv_heads, " kv heads"));
+    return BadTrace(StrCat(name, ".shape[1]"), read->sizes[1],
+                    StrCat("must be a multiple of the ", kv.kv_heads, " kv heads"));
   }
   if (read->sizes[2] != kv.head_dim) {
-    return BadTrace(Cat(name, ".shape[2]"), read->sizes[2],
-                    Cat("must be the keys' head_dim ", kv.head_dim));
+    return BadTrace(StrCat(name, ".shape[2]"), read->sizes[2],
+                    StrCat("must be the keys' head_dim ", kv.head_dim));
   }
   return TraceQueries{read->data, read->dtype, read->sizes[0], read->sizes[1]};
 }
@@ -97,25 +98,25 @@ struct Parts {
 };
 
 absl::StatusOr<TraceLayer> ReadLayer(uint32_t number, const Parts& parts) {
-  const std::string name = Cat("layer.", number);
+  const std::string name = StrCat("layer.", number);
   if (parts.k == nullptr || parts.v == nullptr) {
-    return BadTrace(Cat(name, parts.k == nullptr ? ".k" : ".v"), "missing",
+    return BadTrace(StrCat(name, parts.k == nullptr ? ".k" : ".v"), "missing",
                     "a layer needs k and v");
   }
-  const auto k = ReadKv(Cat(name, ".k"), *parts.k);
+  const auto k = ReadKv(StrCat(name, ".k"), *parts.k);
   if (!k.ok()) {
     return k.status();
   }
-  const auto v = ReadKv(Cat(name, ".v"), *parts.v);
+  const auto v = ReadKv(StrCat(name, ".v"), *parts.v);
   if (!v.ok()) {
     return v.status();
   }
   if (k->shape != v->shape || k->dtype != v->dtype) {
-    return BadTrace(Cat(name, ".v"), "of another shape or dtype than k", "they must agree");
+    return BadTrace(StrCat(name, ".v"), "of another shape or dtype than k", "they must agree");
   }
   TraceLayer layer{number, *k, *v, std::nullopt};
   if (parts.q != nullptr) {
-    const auto q = ReadQueries(Cat(name, ".q"), *parts.q, k->shape);
+    const auto q = ReadQueries(StrCat(name, ".q"), *parts.q, k->shape);
     if (!q.ok()) {
       return q.status();
     }
@@ -158,7 +159,7 @@ absl::Status Trace::Read(const Safetensors& file) {
       continue;  // a trace may carry more than we need
     }
     if (parsed->first > kMaxLayer) {
-      return BadTrace(name, parsed->first, Cat("layers must be 0..", kMaxLayer));
+      return BadTrace(name, parsed->first, StrCat("layers must be 0..", kMaxLayer));
     }
     Parts& layer = parts[parsed->first];
     (parsed->second == 'k' ? layer.k : parsed->second == 'v' ? layer.v : layer.q) = &tensor;
@@ -172,15 +173,15 @@ absl::Status Trace::Read(const Safetensors& file) {
       return layer.status();
     }
     if (!layers_.empty() && layer->k.shape.tokens != tokens()) {
-      return BadTrace(Cat("layer.", number, ".k.shape[0]"), layer->k.shape.tokens,
-                      Cat("must be ", tokens(), " as in the first layer"));
+      return BadTrace(StrCat("layer.", number, ".k.shape[0]"), layer->k.shape.tokens,
+                      StrCat("must be ", tokens(), " as in the first layer"));
     }
     layers_.push_back(*layer);
   }
   if (const auto found = metadata_.find("scale"); found != metadata_.end()) {
     double value = 0;
     if (!absl::SimpleAtod(found->second, &value) || !std::isfinite(value) || value <= 0) {
-      return BadTrace("scale", Cat("'", found->second.substr(0, 64), "'"),
+      return BadTrace("scale", StrCat("'", found->second.substr(0, 64), "'"),
                       "must be a positive number");
     }
     scale_ = value;
@@ -188,7 +189,7 @@ absl::Status Trace::Read(const Safetensors& file) {
   if (const auto found = metadata_.find("raw_tokens"); found != metadata_.end()) {
     uint32_t value = 0;
     if (!absl::SimpleAtoi(found->second, &value)) {
-      return BadTrace("raw_tokens", Cat("'", found->second.substr(0, 64), "'"),
+      return BadTrace("raw_tokens", StrCat("'", found->second.substr(0, 64), "'"),
                       "must be a number of tokens");
     }
     raw_tokens_ = value;
@@ -262,7 +263,7 @@ absl::StatusOr<TraceWriter> TraceWriter::Create(const std::string& path, const M
                                          layer.shape.head_dim};
     for (const char* part : {".k", ".v"}) {
       tensors.push_back(
-          {Cat("layer.", layer.layer, part), std::string(SafetensorsDtype(layer.dtype)), shape});
+          {StrCat("layer.", layer.layer, part), std::string(SafetensorsDtype(layer.dtype)), shape});
     }
   }
   auto writer = SafetensorsWriter::Create(path, metadata, std::move(tensors));
@@ -278,7 +279,7 @@ TraceWriter::TraceWriter(SafetensorsWriter writer, std::vector<Layer> layers)
 absl::Status TraceWriter::Write(size_t index, uint32_t first_token, std::string_view k,
                                 std::string_view v) {
   if (index >= layers_.size()) {
-    return absl::OutOfRangeError(Cat("layer ", index, " of ", layers_.size()));
+    return absl::OutOfRangeError(StrCat("layer ", index, " of ", layers_.size()));
   }
   const Layer& layer = layers_[index];
   const uint64_t offset =

@@ -34,7 +34,7 @@ absl::StatusOr<FileShape> ReadFileShape(const KvsFile& file, std::optional<DType
       const uint64_t end = uint64_t{last.header().first_token} + last.header().shape.tokens;
       if (last.header().first_token < header.first_token) {
         return BadShard("first_token", last.header().first_token,
-                        Cat("the first chunk starts at ", header.first_token));
+                        StrCat("the first chunk starts at ", header.first_token));
       }
       result.first_token = header.first_token;
       result.tokens = static_cast<uint32_t>(end - header.first_token);
@@ -65,7 +65,7 @@ absl::Status EncodeTrace(const Backend& backend, const Trace& trace, const Codin
                          LayerNumbers numbers,
                          const std::function<absl::Status(CodedShard)>& visit) {
   if (settings.chunk_tokens < 1 || settings.chunk_tokens > kMaxTokens) {
-    return BadArgument("chunk_tokens", settings.chunk_tokens, Cat("must be 1..", kMaxTokens));
+    return BadArgument("chunk_tokens", settings.chunk_tokens, StrCat("must be 1..", kMaxTokens));
   }
   const std::vector<TokenSpan> chunks = ChunksOf(trace.tokens(), settings.chunk_tokens);
   EncodeOptions options;
@@ -85,7 +85,7 @@ absl::Status EncodeTrace(const Backend& backend, const Trace& trace, const Codin
                                TokenRange(layer.v, first, tokens), options, &coded.report);
       coded.seconds = SecondsSince(start);
       if (!bytes.ok()) {
-        return InContext(Cat("layer ", layer.layer, ", tokens from ", first), bytes.status());
+        return InContext(StrCat("layer ", layer.layer, ", tokens from ", first), bytes.status());
       }
       coded.bytes = *std::move(bytes);
       KVSHRINK_RETURN_IF_ERROR(visit(std::move(coded)));
@@ -103,7 +103,7 @@ absl::StatusOr<EncodedFile> EncodeFile(const Backend& backend, const Trace& trac
   KvsWriter::Contents contents;
   contents.chunks = (trace.tokens() - 1) / settings.chunk_tokens + 1;
   contents.metadata = trace.metadata();
-  contents.metadata["raw_tokens"] = Cat(RawTokens(settings, trace));
+  contents.metadata["raw_tokens"] = StrCat(RawTokens(settings, trace));
   for (const TraceLayer& layer : trace.layers()) {
     contents.layers.push_back(layer.layer);
   }

@@ -3,13 +3,12 @@
 
 #include <string>
 #include <string_view>
-#include <type_traits>
 #include <utility>
 
 #include "absl/status/status.h"
-#include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "kvshrink/error.h"
+#include "kvshrink/strcat.h"
 
 namespace kvshrink::client {
 
@@ -17,24 +16,9 @@ namespace kvshrink::client {
 // std::string_view.
 inline absl::string_view ToAbsl(std::string_view text) { return {text.data(), text.size()}; }
 
-template <typename Value>
-decltype(auto) ToAbslPiece(const Value& value) {
-  if constexpr (std::is_same_v<Value, std::string_view>) {
-    return ToAbsl(value);
-  } else {
-    return (value);
-  }
-}
-
-// absl::StrCat that also takes std::string_view.
-template <typename... Values>
-std::string Cat(const Values&... values) {
-  return absl::StrCat(ToAbslPiece(values)...);
-}
-
 // The same code, the message after "where: ".
 inline absl::Status InContext(std::string_view where, const absl::Status& status) {
-  return absl::Status(status.code(), Cat(where, ": ", std::string(status.message())));
+  return absl::Status(status.code(), StrCat(where, ": ", std::string(status.message())));
 }
 
 }  // namespace kvshrink::client

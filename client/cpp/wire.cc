@@ -1,0 +1,71 @@
+#include "kvshrink/client/wire.h"
+
+#include "kvshrink/client/status.h"
+
+namespace kvshrink::client {
+namespace {
+
+// Both enums number the same things from 0 and from 1, with 0 for "not given".
+constexpr int kProtoOffset = 1;
+
+}  // namespace
+
+static_assert(v1::DTYPE_FP32 == static_cast<int>(DType::kFp32) + kProtoOffset);
+static_assert(v1::DTYPE_FP8_E4M3 == static_cast<int>(DType::kFp8E4m3) + kProtoOffset);
+static_assert(v1::PROFILE_RAW == static_cast<int>(Profile::kRaw) + kProtoOffset);
+static_assert(v1::PROFILE_KVS4 == static_cast<int>(Profile::kKvs4) + kProtoOffset);
+
+v1::DType ToProto(DType dtype) {
+  return static_cast<v1::DType>(static_cast<int>(dtype) + kProtoOffset);
+}
+
+v1::Profile ToProto(Profile profile) {
+  return static_cast<v1::Profile>(static_cast<int>(profile) + kProtoOffset);
+}
+
+std::optional<DType> FromProto(v1::DType dtype) {
+  if (dtype < v1::DTYPE_FP32 || dtype > v1::DTYPE_FP8_E4M3) {
+    return std::nullopt;
+  }
+  return static_cast<DType>(static_cast<int>(dtype) - kProtoOffset);
+}
+
+std::optional<Profile> FromProto(v1::Profile profile) {
+  const int id = static_cast<int>(profile) - kProtoOffset;
+  return id < 0 || id > 255 ? std::nullopt : ProfileFromId(static_cast<uint8_t>(id));
+}
+
+std::string_view TierName(v1::Tier tier) {
+  switch (tier) {
+    case v1::TIER_DEVICE:
+      return "device";
+    case v1::TIER_HOST:
+      return "host";
+    case v1::TIER_DISK:
+      return "disk";
+    case v1::TIER_CLUSTER:
+      return "cluster";
+    default:
+      return "unknown";
+  }
+}
+
+absl::Status ToStatus(const v1::ObjectStatus& status) {
+  if (status.code() == 0) {
+    return absl::OkStatus();
+  }
+  const auto code = static_cast<absl::StatusCode>(status.code());
+  const bool known =
+      status.code() > 0 && status.code() <= static_cast<int>(absl::StatusCode::kUnauthenticated);
+  return absl::Status(known ? code : absl::StatusCode::kUnknown, status.message());
+}
+
+absl::Status ToStatus(const grpc::Status& status, const std::string& server) {
+  if (status.ok()) {
+    return absl::OkStatus();
+  }
+  return absl::Status(static_cast<absl::StatusCode>(status.error_code()),
+                      StrCat("server ", server, ": ", status.error_message()));
+}
+
+}  // namespace kvshrink::client

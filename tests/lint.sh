@@ -41,7 +41,7 @@ tidy() {
 types() {
   (cd client/python && mypy)
   (cd tests/golden && mypy --strict .)
-  (cd tests/e2e && mypy --strict .)
+  (cd tests/e2e && MYPYPATH=../golden mypy --strict .)
   mypy --strict tests/summary.py
 }
 

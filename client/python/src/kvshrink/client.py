@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, cast, overload
 
@@ -151,8 +151,10 @@ class Client:
         dtype: DTypeName | None = None,
         layout: Literal["THD", "HTD"] = "THD",
         errors: Literal["raise", "return"] = "raise",
-    ) -> Iterator[Fetched]:
+    ) -> Generator[Fetched, None, None]:
         """Shards, chunk by chunk and layer by layer, as they arrive; gRPC's flow control bounds what waits.
+
+        Closing the generator ends the call.
 
         An error of one chunk is raised where its turn is, or with errors="return" comes as an item with its `error`.
         """
@@ -169,7 +171,7 @@ class Client:
         )
         return self._fetch(request, raising=errors == "raise")
 
-    def _fetch(self, request: pb.GetRequest, raising: bool) -> Iterator[Fetched]:
+    def _fetch(self, request: pb.GetRequest, raising: bool) -> Generator[Fetched, None, None]:
         with Stream[Any](self._stub.Get, lambda _: [request], 1, self._timeout_s) as stream:
             for header, body in attention.read_parts(stream):
                 item = Fetched.from_proto(header)

@@ -5,9 +5,8 @@
 #include <optional>
 #include <string>
 
-#include "absl/strings/str_cat.h"
+#include "kvshrink/strcat.h"
 #include "kvshrink/error.h"
-#include "service/engine/text.h"
 
 namespace kvshrink::service {
 namespace {
@@ -29,7 +28,7 @@ std::array<Axis, 3> AxesOf(const TensorShape& shape, const TensorLayout& layout)
 }
 
 absl::Status Named(std::string_view field, const absl::Status& status) {
-  return absl::Status(status.code(), absl::StrCat(Text(field), ": ", status.message()));
+  return absl::Status(status.code(), StrCat(field, ": ", status.message()));
 }
 
 // A stride must reach past everything that lies inside one of its steps; else two elements would
@@ -41,16 +40,16 @@ absl::Status CheckStrides(const TensorShape& shape, const TensorLayout& layout,
             [](const Axis& a, const Axis& b) { return a.stride < b.stride; });
   uint64_t span = shape.head_dim;
   for (const Axis& axis : axes) {
-    const std::string name = absl::StrCat(Text(field), ".layout.", Text(axis.name));
+    const std::string name = StrCat(field, ".layout.", axis.name);
     if (axis.stride > kMaxStride) {
-      return BadArgument(name, axis.stride, absl::StrCat("must be at most ", kMaxStride));
+      return BadArgument(name, axis.stride, StrCat("must be at most ", kMaxStride));
     }
     if (axis.count <= 1) {
       continue;
     }
     if (axis.stride < span) {
       return BadArgument(name, axis.stride,
-                         absl::StrCat("must be at least ", span, ", else elements overlap"));
+                         StrCat("must be at least ", span, ", else elements overlap"));
     }
     span += (axis.count - 1) * axis.stride;
   }
@@ -95,17 +94,17 @@ absl::StatusOr<TensorPlan> MakeTensorPlan(DType dtype, const TensorShape& shape,
                                           const TensorLayout& layout, uint64_t v_offset_bytes,
                                           std::string_view field) {
   if (absl::Status status = ValidateShape(shape); !status.ok()) {
-    return Named(absl::StrCat(Text(field), ".shape"), status);
+    return Named(StrCat(field, ".shape"), status);
   }
   if (layout.page_tokens > kMaxTokens) {
-    return BadArgument(absl::StrCat(Text(field), ".layout.page_tokens"), layout.page_tokens,
-                       absl::StrCat("must be at most ", kMaxTokens));
+    return BadArgument(StrCat(field, ".layout.page_tokens"), layout.page_tokens,
+                       StrCat("must be at most ", kMaxTokens));
   }
   KVSHRINK_RETURN_IF_ERROR(CheckStrides(shape, layout, field));
   const std::optional<uint64_t> extent = LayoutExtent(shape, layout);
   if (!extent.has_value()) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "field '", Text(field), ".layout': its strides reach beyond 2^40 elements for this shape"));
+    return absl::InvalidArgumentError(StrCat(
+        "field '", field, ".layout': its strides reach beyond 2^40 elements for this shape"));
   }
   const uint64_t size = DTypeBytes(dtype);
   const uint64_t extent_bytes = *extent * size;
@@ -113,16 +112,16 @@ absl::StatusOr<TensorPlan> MakeTensorPlan(DType dtype, const TensorShape& shape,
   if (plan.v_offset_bytes == 0) {
     plan.v_offset_bytes = extent_bytes;
   }
-  const std::string v_field = absl::StrCat(Text(field), ".v_offset_bytes");
+  const std::string v_field = StrCat(field, ".v_offset_bytes");
   if (plan.v_offset_bytes < extent_bytes || plan.v_offset_bytes > size * kMaxStride) {
     return BadArgument(
         v_field, v_offset_bytes,
-        absl::StrCat("must be ", extent_bytes, " (the extent of K) to ", size * kMaxStride));
+        StrCat("must be ", extent_bytes, " (the extent of K) to ", size * kMaxStride));
   }
   if (plan.v_offset_bytes % size != 0) {
     return BadArgument(
         v_field, v_offset_bytes,
-        absl::StrCat("must be a multiple of ", size, ", the size of ", Text(DTypeName(dtype))));
+        StrCat("must be a multiple of ", size, ", the size of ", DTypeName(dtype)));
   }
   plan.bytes = plan.v_offset_bytes + extent_bytes;
   plan.max_bytes = plan.v_offset_bytes + PaddedExtent(shape, layout, *extent) * size;

@@ -1,0 +1,93 @@
+#include "service/rpc/compress.h"
+
+#include <algorithm>
+
+#include "service/engine/coding.h"
+
+namespace kvshrink::service {
+namespace {
+
+Pace PaceOf(const Environment& env) {
+  return {.max_works = static_cast<size_t>(std::max(4, 2 * env.executor->threads())),
+          .max_answers = 64};
+}
+
+}  // namespace
+
+CompressStream::CompressStream(Environment& env, grpc::CallbackServerContext* context)
+    : ObjectStream(env, context, "Compress", PaceOf(env)) {}
+
+absl::StatusOr<Accepted<CompressDetails>> CompressStream::Check(const v1::CompressHeader& header) {
+  absl::StatusOr<EncodeOptions> options = ToEncodeOptions(header.encode(), header.layer());
+  if (!options.ok()) {
+    return options.status();
+  }
+  absl::StatusOr<TensorPlan> plan = PlanInput(header.tensor(), header.body_bytes());
+  if (!plan.ok()) {
+    return plan.status();
+  }
+  KVSHRINK_RETURN_IF_ERROR(CheckPosition(*options, plan->shape));
+  return Accepted<CompressDetails>{{*plan, *options},
+                                   header.body_bytes() + PackedBytes(plan->shape, plan->dtype)};
+}
+
+absl::StatusOr<CompressStream::Answer> CompressStream::Work(Object& object) {
+  const TensorPlan& tensor = object.details.tensor;
+  ShardReport report;
+  absl::StatusOr<std::string> bytes = EncodeShard(
+      *env_.backend, tensor.K(object.body), tensor.V(object.body), object.details.options, &report);
+  if (!bytes.ok()) {
+    return bytes.status();
+  }
+  env_.metrics->Encoded(report);
+  Answer answer = WithBody(object, *std::move(bytes));
+  v1::CompressAnswer* header = answer.message.mutable_header();
+  header->set_body_bytes(answer.body_bytes);
+  FillStats(report, header->mutable_stats());
+  return answer;
+}
+
+DecompressStream::DecompressStream(Environment& env, grpc::CallbackServerContext* context)
+    : ObjectStream(env, context, "Decompress", PaceOf(env)) {}
+
+absl::StatusOr<Accepted<DecompressDetails>> DecompressStream::Check(
+    const v1::DecompressHeader& header) {
+  if (header.dtype() != v1::DTYPE_UNSPECIFIED) {
+    KVSHRINK_RETURN_IF_ERROR(ToDType(header.dtype(), "dtype").status());
+  }
+  KVSHRINK_RETURN_IF_ERROR(CheckLayout(header.layout(), "layout"));
+  return Accepted<DecompressDetails>{{header.dtype(), header.layout(), header.low_rank()},
+                                     header.body_bytes()};
+}
+
+absl::StatusOr<DecompressStream::Answer> DecompressStream::Work(Object& object) {
+  const DecompressDetails& details = object.details;
+  const Extent extent = details.low_rank ? Extent::kAllowPreview : Extent::kWhole;
+  absl::StatusOr<Shard> shard = Shard::Parse(object.body, extent);
+  if (!shard.ok()) {
+    return AsCallersFault(shard.status());
+  }
+  const DType dtype = details.dtype == v1::DTYPE_UNSPECIFIED ? shard->header().dtype
+                                                             : *ToDType(details.dtype, "dtype");
+  absl::StatusOr<TensorPlan> plan =
+      PlanOutput(dtype, details.layout, shard->header().shape, env_.max_object_bytes);
+  if (!plan.ok()) {
+    return plan.status();
+  }
+  // Only the shard says how large its tensors are: that part of the memory is asked for now.
+  KVSHRINK_RETURN_IF_ERROR(object.ticket->GrowTo(object.charge_bytes + plan->bytes));
+  absl::StatusOr<std::string> body =
+      DecodeToBytes(*env_.backend, *shard,
+                    details.low_rank ? DecodeForm::kLowRank : DecodeForm::kFull, *plan, {});
+  if (!body.ok()) {
+    return AsCallersFault(body.status());
+  }
+  Answer answer = WithBody(object, *std::move(body));
+  v1::DecompressAnswer* header = answer.message.mutable_header();
+  header->set_body_bytes(answer.body_bytes);
+  FillTensorSpec(*plan, details.layout.order(), header->mutable_tensor());
+  FillShardInfo(MetaOf(shard->header(), shard->bytes()), header->mutable_shard());
+  return answer;
+}
+
+}  // namespace kvshrink::service

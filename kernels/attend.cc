@@ -24,9 +24,12 @@ struct HeadQueries {
   Matrix rotated;
 };
 
-uint32_t GroupSize(const AttentionParams& params, uint32_t kv_heads) { return params.q_heads / kv_heads; }
+uint32_t GroupSize(const AttentionParams& params, uint32_t kv_heads) {
+  return params.q_heads / kv_heads;
+}
 
-HeadQueries QueriesOf(const AttentionParams& params, uint32_t kv_heads, uint32_t head, uint32_t d, const float* q) {
+HeadQueries QueriesOf(const AttentionParams& params, uint32_t kv_heads, uint32_t head, uint32_t d,
+                      const float* q) {
   const uint32_t group = GroupSize(params, kv_heads);
   HeadQueries queries;
   queries.plain.resize(Eigen::Index{params.queries} * group, d);
@@ -42,7 +45,8 @@ HeadQueries QueriesOf(const AttentionParams& params, uint32_t kv_heads, uint32_t
   return queries;
 }
 
-// A block ready for products: its first rows exact, the others as token_factors channel_factors + residual.
+// A block ready for products: its first rows exact, the others as token_factors channel_factors +
+// residual.
 struct OpenBlock {
   Matrix raw;
   Matrix token, channel, residual;
@@ -57,7 +61,8 @@ absl::StatusOr<OpenBlock> Open(const Backend& backend, const Shard& shard, const
   ToFloats(block.raw.data(), header.dtype, static_cast<size_t>(open.raw.size()), open.raw.data());
   if (block.code == BlockCode::kRaw) {
     open.residual.resize(block.coded_rows(), d);
-    ToFloats(block.codes.data(), header.dtype, static_cast<size_t>(open.residual.size()), open.residual.data());
+    ToFloats(block.codes.data(), header.dtype, static_cast<size_t>(open.residual.size()),
+             open.residual.data());
     open.token.resize(block.coded_rows(), 0);
     open.channel.resize(0, d);
     return open;
@@ -93,7 +98,8 @@ bool Sees(const AttentionParams& params, uint32_t query, int64_t position) {
 }
 
 // Scale, soft-cap and mask, in place.
-void ToLogits(const AttentionParams& params, uint32_t group, uint32_t d, int64_t first_position, Matrix* products) {
+void ToLogits(const AttentionParams& params, uint32_t group, uint32_t d, int64_t first_position,
+              Matrix* products) {
   const float scale = params.scale != 0 ? params.scale : 1 / std::sqrt(static_cast<float>(d));
   *products *= scale;
   if (params.softcap > 0) {
@@ -108,8 +114,9 @@ void ToLogits(const AttentionParams& params, uint32_t group, uint32_t d, int64_t
   }
 }
 
-absl::StatusOr<Matrix> BlockLogits(const Backend& backend, const Shard& shard, const AttentionParams& params,
-                                   const HeadQueries& queries, const BlockView& block) {
+absl::StatusOr<Matrix> BlockLogits(const Backend& backend, const Shard& shard,
+                                   const AttentionParams& params, const HeadQueries& queries,
+                                   const BlockView& block) {
   absl::StatusOr<OpenBlock> keys = Open(backend, shard, block);
   KVSHRINK_RETURN_IF_ERROR(keys.status());
   Matrix logits = Products(*keys, queries);
@@ -164,9 +171,11 @@ absl::Status ValidateAttention(const AttentionParams& params, const ShardHeader&
   if (params.queries < 1 || params.queries > kMaxQueries) {
     return BadArgument("queries", params.queries, StrCat("must be 1..", kMaxQueries));
   }
-  if (params.q_heads < 1 || params.q_heads > kMaxQHeads || params.q_heads % header.shape.kv_heads != 0) {
+  if (params.q_heads < 1 || params.q_heads > kMaxQHeads ||
+      params.q_heads % header.shape.kv_heads != 0) {
     return BadArgument("q_heads", params.q_heads,
-                       StrCat("must be a multiple of kv_heads (", header.shape.kv_heads, "), at most ", kMaxQHeads));
+                       StrCat("must be a multiple of kv_heads (", header.shape.kv_heads,
+                              "), at most ", kMaxQHeads));
   }
   if (!std::isfinite(params.scale)) {
     return BadArgument("scale", params.scale, "must be finite");
@@ -183,8 +192,8 @@ absl::Status ValidateAttention(const AttentionParams& params, const ShardHeader&
   return absl::OkStatus();
 }
 
-absl::Status AttentionScores(const Backend& backend, const Shard& shard, const AttentionParams& params, const float* q,
-                             float* logits) {
+absl::Status AttentionScores(const Backend& backend, const Shard& shard,
+                             const AttentionParams& params, const float* q, float* logits) {
   const ShardHeader& header = shard.header();
   KVSHRINK_RETURN_IF_ERROR(ValidateAttention(params, header));
   if (shard.preview()) {
@@ -192,7 +201,8 @@ absl::Status AttentionScores(const Backend& backend, const Shard& shard, const A
   }
   const uint32_t group = GroupSize(params, header.shape.kv_heads);
   for (uint32_t head = 0; head < header.shape.kv_heads; ++head) {
-    const HeadQueries queries = QueriesOf(params, header.shape.kv_heads, head, header.shape.head_dim, q);
+    const HeadQueries queries =
+        QueriesOf(params, header.shape.kv_heads, head, header.shape.head_dim, q);
     for (uint32_t b = 0; b < header.blocks_per_head(); ++b) {
       const BlockView& block = shard.block(Kind::kKey, head, b);
       const absl::StatusOr<Matrix> part = BlockLogits(backend, shard, params, queries, block);
@@ -200,7 +210,8 @@ absl::Status AttentionScores(const Backend& backend, const Shard& shard, const A
       for (Eigen::Index i = 0; i < part->rows(); ++i) {
         const size_t query = static_cast<size_t>(i) / group;
         const size_t q_head = size_t{head} * group + static_cast<size_t>(i) % group;
-        float* row = logits + (query * params.q_heads + q_head) * header.shape.tokens + block.first_row;
+        float* row =
+            logits + (query * params.q_heads + q_head) * header.shape.tokens + block.first_row;
         std::copy(part->row(i).data(), part->row(i).data() + part->cols(), row);
       }
     }
@@ -231,15 +242,18 @@ absl::Status AttentionAccumulator::Add(const Backend& backend, const Shard& shar
     const HeadQueries queries = QueriesOf(params_, header.shape.kv_heads, head, head_dim_, q);
     HeadState state(queries.plain.rows(), head_dim_);
     for (uint32_t b = 0; b < header.blocks_per_head(); ++b) {
-      absl::StatusOr<Matrix> weights = BlockLogits(backend, shard, params_, queries, shard.block(Kind::kKey, head, b));
+      absl::StatusOr<Matrix> weights =
+          BlockLogits(backend, shard, params_, queries, shard.block(Kind::kKey, head, b));
       KVSHRINK_RETURN_IF_ERROR(weights.status());
-      const absl::StatusOr<OpenBlock> values = Open(backend, shard, shard.block(Kind::kValue, head, b));
+      const absl::StatusOr<OpenBlock> values =
+          Open(backend, shard, shard.block(Kind::kValue, head, b));
       KVSHRINK_RETURN_IF_ERROR(values.status());
       state.Advance(&*weights);
       state.AddValues(*values, *weights);
     }
     for (Eigen::Index i = 0; i < state.plain.rows(); ++i) {
-      const size_t row = static_cast<size_t>(i) / group * params_.q_heads + size_t{head} * group + static_cast<size_t>(i) % group;
+      const size_t row = static_cast<size_t>(i) / group * params_.q_heads + size_t{head} * group +
+                         static_cast<size_t>(i) % group;
       rotation.ApplyInverse(state.rotated.row(i).data());
       const bool any = state.sum(i) > 0;
       lse[row] = any ? state.largest(i) + std::log(state.sum(i)) : kMinusInfinity;
@@ -252,7 +266,8 @@ absl::Status AttentionAccumulator::Add(const Backend& backend, const Shard& shar
   return absl::OkStatus();
 }
 
-void MergeAttention(size_t rows, size_t head_dim, const float* output_b, const float* lse_b, float* output_a, float* lse_a) {
+void MergeAttention(size_t rows, size_t head_dim, const float* output_b, const float* lse_b,
+                    float* output_a, float* lse_a) {
   for (size_t row = 0; row < rows; ++row) {
     const float largest = std::max(lse_a[row], lse_b[row]);
     if (lse_b[row] == kMinusInfinity) {

@@ -9,7 +9,8 @@ namespace kvshrink {
 namespace {
 
 constexpr std::array<std::string_view, 4> kDTypeNames = {"fp32", "fp16", "bf16", "fp8_e4m3"};
-constexpr uint64_t kMaxStride = uint64_t{1} << 28;  // times 65536 tokens or pages: far from overflow
+constexpr uint64_t kMaxStride = uint64_t{1}
+                                << 28;  // times 65536 tokens or pages: far from overflow
 constexpr uint64_t kMaxExtent = uint64_t{1} << 40;
 
 absl::Status CheckRange(std::string_view field, uint64_t value, uint64_t most) {
@@ -36,7 +37,8 @@ absl::Status ValidateShape(const TensorShape& shape) {
   KVSHRINK_RETURN_IF_ERROR(CheckRange("kv_heads", shape.kv_heads, kMaxKvHeads));
   KVSHRINK_RETURN_IF_ERROR(CheckRange("head_dim", shape.head_dim, kMaxHeadDim));
   if (2 * uint64_t{shape.entries()} > kMaxEntries) {
-    return BadArgument("tokens * kv_heads * head_dim", shape.entries(), StrCat("must be at most ", kMaxEntries / 2));
+    return BadArgument("tokens * kv_heads * head_dim", shape.entries(),
+                       StrCat("must be at most ", kMaxEntries / 2));
   }
   return absl::OkStatus();
 }
@@ -45,7 +47,9 @@ TensorLayout LayoutThd(const TensorShape& shape) {
   return {0, 0, uint64_t{shape.kv_heads} * shape.head_dim, shape.head_dim};
 }
 
-TensorLayout LayoutHtd(const TensorShape& shape) { return {0, 0, shape.head_dim, uint64_t{shape.tokens} * shape.head_dim}; }
+TensorLayout LayoutHtd(const TensorShape& shape) {
+  return {0, 0, shape.head_dim, uint64_t{shape.tokens} * shape.head_dim};
+}
 
 TensorLayout LayoutBnhd(const TensorShape& shape, uint32_t page_tokens) {
   const uint64_t token = uint64_t{shape.kv_heads} * shape.head_dim;
@@ -61,7 +65,8 @@ std::optional<uint64_t> LayoutExtent(const TensorShape& shape, const TensorLayou
   if (std::max({layout.page_stride, layout.token_stride, layout.head_stride}) > kMaxStride) {
     return std::nullopt;
   }
-  // Strides are not negative, so the last page's last token (or the last full page's) lies farthest.
+  // Strides are not negative, so the last page's last token (or the last full page's) lies
+  // farthest.
   const uint32_t last = shape.tokens - 1;
   uint64_t extent = layout.Offset(last, shape.kv_heads - 1);
   if (layout.page_tokens != 0 && last >= layout.page_tokens) {

@@ -1,9 +1,13 @@
-// The way of one block through the stages of an encoder, and its decisions: the same for every backend. A backend brings `Stages`:
-//   void Load(const Backend::BlockInput& in, int exponent)     coded rows times 2^-exponent, raw rows as zeros
-//   double energy() const                                      sum of squares of what was loaded
-//   void CodeLowRank(Family family, Backend::BlockOutput* out) sets rank and factors; leaves the rotated residual
-//   double CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales, std::vector<uint8_t>* codes)
-//                                                              returns the sum of squared error; may be called again with another code
+// The way of one block through the stages of an encoder, and its decisions: the same for every
+// backend. A backend brings `Stages`:
+//   void Load(const Backend::BlockInput& in, int exponent)     coded rows times 2^-exponent, raw
+//   rows as zeros double energy() const                                      sum of squares of what
+//   was loaded void CodeLowRank(Family family, Backend::BlockOutput* out) sets rank and factors;
+//   leaves the rotated residual double CodeResidual(Family family, BlockCode code,
+//   std::vector<uint8_t>* scales, std::vector<uint8_t>* codes)
+//                                                              returns the sum of squared error;
+//                                                              may be called again with another
+//                                                              code
 #pragma once
 
 #include <cmath>
@@ -22,9 +26,10 @@ namespace kvshrink {
 inline std::vector<BlockCode> LevelLadder(Profile profile) {
   const ProfileInfo& info = GetProfileInfo(profile);
   std::vector<BlockCode> ladder;
-  for (const BlockCode code : {BlockCode::kLevels3, BlockCode::kLevels4, BlockCode::kLevels6, BlockCode::kLevels8, BlockCode::kLevels12,
-                               BlockCode::kLevels16}) {
-    if (format::FamilyHasCode(info.family, code) && stages::CodebookOf(code)->levels >= info.levels) {
+  for (const BlockCode code : {BlockCode::kLevels3, BlockCode::kLevels4, BlockCode::kLevels6,
+                               BlockCode::kLevels8, BlockCode::kLevels12, BlockCode::kLevels16}) {
+    if (format::FamilyHasCode(info.family, code) &&
+        stages::CodebookOf(code)->levels >= info.levels) {
       ladder.push_back(code);
     }
   }
@@ -51,19 +56,22 @@ inline void EncodeFp8(const float* coded, size_t count, Backend::BlockOutput* ou
   for (size_t i = 0; i < count; ++i) {
     const float scaled = down.Times(coded[i]) * 256;
     out->codes[i] = stages::FloatToFp8(scaled);
-    const double difference = (static_cast<double>(scaled) - static_cast<double>(stages::Fp8ToFloat(out->codes[i]))) / 256;
+    const double difference =
+        (static_cast<double>(scaled) - static_cast<double>(stages::Fp8ToFloat(out->codes[i]))) /
+        256;
     error += difference * difference;
   }
   out->error_energy = std::ldexp(error, 2 * out->exponent);
 }
 
 template <typename Stages>
-void EncodeLevels(const Backend::BlockSettings& settings, Family family, const Backend::BlockInput& in, Stages* stages,
-                  Backend::BlockOutput* out) {
+void EncodeLevels(const Backend::BlockSettings& settings, Family family,
+                  const Backend::BlockInput& in, Stages* stages, Backend::BlockOutput* out) {
   stages->Load(in, out->exponent);
   stages->CodeLowRank(family, out);
-  const double bound = settings.max_relative_error > 0 ? settings.max_relative_error * stages->energy()
-                                                       : std::numeric_limits<double>::infinity();
+  const double bound = settings.max_relative_error > 0
+                           ? settings.max_relative_error * stages->energy()
+                           : std::numeric_limits<double>::infinity();
   const std::vector<BlockCode> ladder = LevelLadder(settings.profile);
   for (const BlockCode code : ladder) {
     out->code = code;
@@ -80,7 +88,8 @@ void EncodeLevels(const Backend::BlockSettings& settings, Family family, const B
 }
 
 template <typename Stages>
-void EncodeBlock(const Backend::BlockSettings& settings, const Backend::BlockInput& in, Stages* stages, Backend::BlockOutput* out) {
+void EncodeBlock(const Backend::BlockSettings& settings, const Backend::BlockInput& in,
+                 Stages* stages, Backend::BlockOutput* out) {
   *out = Backend::BlockOutput{};
   const Family family = GetProfileInfo(settings.profile).family;
   const size_t d = in.d;
@@ -94,19 +103,22 @@ void EncodeBlock(const Backend::BlockSettings& settings, const Backend::BlockInp
     return;  // all zero
   }
   const int exponent = range.finite ? stages::BlockExponent(range.largest) : 0;
-  if (family == Family::kRaw || !range.finite || exponent > format::kMaxExponent) {
+  if (family == Family::kRaw || !range.finite || exponent < format::kMinExponent ||
+      exponent > format::kMaxExponent) {
     return KeepRaw(out);
   }
   out->exponent = exponent;
   if (family == Family::kFp8) {
     EncodeFp8(coded, count, out);
-    if (settings.max_relative_error > 0 && out->error_energy > settings.max_relative_error * out->energy) {
+    if (settings.max_relative_error > 0 &&
+        out->error_energy > settings.max_relative_error * out->energy) {
       KeepRaw(out);
     }
   } else {
     EncodeLevels(settings, family, in, stages, out);
   }
-  if (out->factors.size() + out->scales.size() + out->codes.size() >= count * settings.raw_value_bytes) {
+  if (out->factors.size() + out->scales.size() + out->codes.size() >=
+      count * settings.raw_value_bytes) {
     KeepRaw(out);
   }
 }

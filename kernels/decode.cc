@@ -8,14 +8,17 @@
 namespace kvshrink {
 namespace {
 
-absl::Status CheckOutput(std::string_view name, const MutableTensor& tensor, const TensorShape& shape) {
+absl::Status CheckOutput(std::string_view name, const MutableTensor& tensor,
+                         const TensorShape& shape) {
   if (tensor.shape != shape) {
     return BadArgument(StrCat(name, ".shape"),
-                       StrCat("[", tensor.shape.tokens, ",", tensor.shape.kv_heads, ",", tensor.shape.head_dim, "]"),
+                       StrCat("[", tensor.shape.tokens, ",", tensor.shape.kv_heads, ",",
+                              tensor.shape.head_dim, "]"),
                        "must be the shape of the shard");
   }
   if (!LayoutExtent(tensor.shape, tensor.layout).has_value()) {
-    return BadArgument(StrCat(name, ".layout"), tensor.layout.token_stride, "its strides reach too far");
+    return BadArgument(StrCat(name, ".layout"), tensor.layout.token_stride,
+                       "its strides reach too far");
   }
   if (tensor.data == nullptr) {
     return BadArgument(StrCat(name, ".data"), "null", "must point at the tensor");
@@ -24,7 +27,8 @@ absl::Status CheckOutput(std::string_view name, const MutableTensor& tensor, con
 }
 
 // Runs status = body(i) for all blocks of a shard; gives the first error in block order.
-absl::Status ForEachBlock(const Backend& backend, const Shard& shard, absl::FunctionRef<absl::Status(const BlockView&)> body) {
+absl::Status ForEachBlock(const Backend& backend, const Shard& shard,
+                          absl::FunctionRef<absl::Status(const BlockView&)> body) {
   std::mutex mutex;
   absl::Status first;
   uint32_t first_index = shard.header().blocks();
@@ -41,8 +45,8 @@ absl::Status ForEachBlock(const Backend& backend, const Shard& shard, absl::Func
   return first;
 }
 
-absl::Status DecodeInto(const Backend& backend, const Shard& shard, DecodeForm form, const BlockView& block,
-                        const MutableTensor& tensor) {
+absl::Status DecodeInto(const Backend& backend, const Shard& shard, DecodeForm form,
+                        const BlockView& block, const MutableTensor& tensor) {
   const ShardHeader& header = shard.header();
   const RowRange coded{block.head, block.first_row + block.raw_rows, block.coded_rows()};
   ScatterRowBytes(block.raw, header.dtype, {block.head, block.first_row, block.raw_rows}, tensor);
@@ -54,7 +58,8 @@ absl::Status DecodeInto(const Backend& backend, const Shard& shard, DecodeForm f
   rows.assign(size_t{coded.count} * header.shape.head_dim, 0.0F);
   if (block.code != BlockCode::kRaw) {
     const Family family = GetProfileInfo(header.profile).family;
-    KVSHRINK_RETURN_IF_ERROR(backend.DecodeBlock(family, block, header.shape.head_dim, form, rows.data()));
+    KVSHRINK_RETURN_IF_ERROR(
+        backend.DecodeBlock(family, block, header.shape.head_dim, form, rows.data()));
   }
   ScatterRows(rows.data(), coded, tensor);
   return absl::OkStatus();
@@ -62,8 +67,8 @@ absl::Status DecodeInto(const Backend& backend, const Shard& shard, DecodeForm f
 
 }  // namespace
 
-absl::Status DecodeShard(const Backend& backend, const Shard& shard, DecodeForm form, const MutableTensor& k,
-                         const MutableTensor& v) {
+absl::Status DecodeShard(const Backend& backend, const Shard& shard, DecodeForm form,
+                         const MutableTensor& k, const MutableTensor& v) {
   KVSHRINK_RETURN_IF_ERROR(CheckOutput("k", k, shard.header().shape));
   KVSHRINK_RETURN_IF_ERROR(CheckOutput("v", v, shard.header().shape));
   if (form == DecodeForm::kFull && shard.preview()) {

@@ -11,13 +11,15 @@
 namespace kvshrink {
 namespace {
 
-// Blocks that are in fp32 at a time: bounds the memory beside input and output, enough to keep threads busy.
+// Blocks that are in fp32 at a time: bounds the memory beside input and output, enough to keep
+// threads busy.
 constexpr size_t kBatchBlocks = 64;
 
 absl::Status CheckTensor(std::string_view name, const ConstTensor& tensor) {
   KVSHRINK_RETURN_IF_ERROR(ValidateShape(tensor.shape));
   if (!LayoutExtent(tensor.shape, tensor.layout).has_value()) {
-    return BadArgument(StrCat(name, ".layout"), tensor.layout.token_stride, "its strides reach too far");
+    return BadArgument(StrCat(name, ".layout"), tensor.layout.token_stride,
+                       "its strides reach too far");
   }
   if (tensor.data == nullptr) {
     return BadArgument(StrCat(name, ".data"), "null", "must point at the tensor");
@@ -25,12 +27,14 @@ absl::Status CheckTensor(std::string_view name, const ConstTensor& tensor) {
   return absl::OkStatus();
 }
 
-absl::Status CheckArguments(const ConstTensor& k, const ConstTensor& v, const EncodeOptions& options) {
+absl::Status CheckArguments(const ConstTensor& k, const ConstTensor& v,
+                            const EncodeOptions& options) {
   KVSHRINK_RETURN_IF_ERROR(CheckTensor("k", k));
   KVSHRINK_RETURN_IF_ERROR(CheckTensor("v", v));
   if (k.shape != v.shape) {
-    return BadArgument("v.shape", StrCat("[", v.shape.tokens, ",", v.shape.kv_heads, ",", v.shape.head_dim, "]"),
-                       "must be the shape of k");
+    return BadArgument(
+        "v.shape", StrCat("[", v.shape.tokens, ",", v.shape.kv_heads, ",", v.shape.head_dim, "]"),
+        "must be the shape of k");
   }
   if (k.dtype != v.dtype) {
     return BadArgument("v.dtype", DTypeName(v.dtype), "must be the dtype of k");
@@ -39,10 +43,12 @@ absl::Status CheckArguments(const ConstTensor& k, const ConstTensor& v, const En
     return BadArgument("layer", options.layer, StrCat("must be at most ", kMaxLayer));
   }
   if (options.first_token > kMaxPosition - k.shape.tokens) {
-    return BadArgument("first_token", options.first_token, StrCat("first_token + tokens must be at most ", kMaxPosition));
+    return BadArgument("first_token", options.first_token,
+                       StrCat("first_token + tokens must be at most ", kMaxPosition));
   }
   if (!(options.max_relative_error >= 0) || !std::isfinite(options.max_relative_error)) {
-    return BadArgument("max_relative_error", options.max_relative_error, "must be finite and not negative");
+    return BadArgument("max_relative_error", options.max_relative_error,
+                       "must be finite and not negative");
   }
   return absl::OkStatus();
 }
@@ -58,14 +64,16 @@ double SumOfSquares(const float* values, size_t count) {
 // Encodes the blocks of a shard batch by batch.
 class ShardEncoder {
  public:
-  ShardEncoder(const Backend& backend, const ConstTensor& k, const ConstTensor& v, const EncodeOptions& options)
+  ShardEncoder(const Backend& backend, const ConstTensor& k, const ConstTensor& v,
+               const EncodeOptions& options)
       : backend_(backend), k_(k), v_(v) {
     header_.profile = options.profile;
     header_.dtype = k.dtype;
     header_.shape = k.shape;
     header_.first_token = options.first_token;
     header_.layer = options.layer;
-    header_.raw_rows = std::min(k.shape.tokens, options.raw_tokens - std::min(options.raw_tokens, options.first_token));
+    header_.raw_rows = std::min(
+        k.shape.tokens, options.raw_tokens - std::min(options.raw_tokens, options.first_token));
     settings_ = {options.profile, options.max_relative_error, DTypeBytes(k.dtype)};
     places_.resize(header_.blocks());
     for (uint32_t i = 0; i < header_.blocks(); ++i) {
@@ -87,7 +95,9 @@ class ShardEncoder {
   }
 
  private:
-  const ConstTensor& TensorOf(const BlockView& place) const { return place.kind == Kind::kKey ? k_ : v_; }
+  const ConstTensor& TensorOf(const BlockView& place) const {
+    return place.kind == Kind::kKey ? k_ : v_;
+  }
 
   void EncodeBatch(size_t first, size_t count) {
     const size_t d = header_.shape.head_dim;
@@ -105,9 +115,12 @@ class ShardEncoder {
     for (size_t i = 0; i < count; ++i) {
       const BlockView& place = places_[first + i];
       format::CodedBlock& coded = coded_[first + i];
-      AppendRowBytes(TensorOf(place), {place.head, place.first_row, place.raw_rows}, &coded.raw_rows);
+      AppendRowBytes(TensorOf(place), {place.head, place.first_row, place.raw_rows},
+                     &coded.raw_rows);
       if (outputs_[i].code == BlockCode::kRaw) {
-        AppendRowBytes(TensorOf(place), {place.head, place.first_row + place.raw_rows, place.coded_rows()}, &coded.raw_block);
+        AppendRowBytes(TensorOf(place),
+                       {place.head, place.first_row + place.raw_rows, place.coded_rows()},
+                       &coded.raw_block);
       }
       coded.output = std::move(outputs_[i]);
     }
@@ -121,8 +134,8 @@ class ShardEncoder {
     for (size_t i = 0; i < coded_.size(); ++i) {
       const Backend::BlockOutput& block = coded_[i].output;
       KindReport& kind = places_[i].kind == Kind::kKey ? report.k : report.v;
-      kind.bytes += coded_[i].raw_rows.size() + coded_[i].raw_block.size() + block.factors.size() + block.scales.size() +
-                    block.codes.size();
+      kind.bytes += coded_[i].raw_rows.size() + coded_[i].raw_block.size() + block.factors.size() +
+                    block.scales.size() + block.codes.size();
       ++kind.blocks;
       if (block.code == BlockCode::kRaw) {
         ++kind.raw_blocks;
@@ -159,8 +172,9 @@ class ShardEncoder {
 
 }  // namespace
 
-absl::StatusOr<std::string> EncodeShard(const Backend& backend, const ConstTensor& k, const ConstTensor& v,
-                                        const EncodeOptions& options, ShardReport* report) {
+absl::StatusOr<std::string> EncodeShard(const Backend& backend, const ConstTensor& k,
+                                        const ConstTensor& v, const EncodeOptions& options,
+                                        ShardReport* report) {
   KVSHRINK_RETURN_IF_ERROR(CheckArguments(k, v, options));
   return ShardEncoder(backend, k, v, options).Run(report);
 }

@@ -41,7 +41,8 @@ void FromFloats(const float* floats, DType dtype, size_t count, std::byte* value
 
 template <typename Tensor>
 auto* RowAt(const Tensor& tensor, const RowRange& range, uint32_t row) {
-  return tensor.data + tensor.layout.Offset(range.first_row + row, range.head) * DTypeBytes(tensor.dtype);
+  return tensor.data +
+         tensor.layout.Offset(range.first_row + row, range.head) * DTypeBytes(tensor.dtype);
 }
 
 }  // namespace
@@ -81,7 +82,8 @@ void ScatterRows(const float* rows, const RowRange& range, const MutableTensor& 
   }
 }
 
-void ScatterRowBytes(std::span<const uint8_t> bytes, DType from, const RowRange& range, const MutableTensor& tensor) {
+void ScatterRowBytes(std::span<const uint8_t> bytes, DType from, const RowRange& range,
+                     const MutableTensor& tensor) {
   const size_t d = tensor.shape.head_dim;
   const size_t row_bytes = d * DTypeBytes(from);
   float row[kMaxHeadDim];

@@ -26,7 +26,8 @@ void AppendRowBytes(const ConstTensor& tensor, const RowRange& range, std::strin
 void ScatterRows(const float* rows, const RowRange& range, const MutableTensor& tensor);
 
 // `bytes` holds the rows in dtype `from`; copied exactly when that is the tensor's dtype.
-void ScatterRowBytes(std::span<const uint8_t> bytes, DType from, const RowRange& range, const MutableTensor& tensor);
+void ScatterRowBytes(std::span<const uint8_t> bytes, DType from, const RowRange& range,
+                     const MutableTensor& tensor);
 
 // `count` packed values; to fp32.
 void ToFloats(const void* values, DType dtype, size_t count, float* floats);

@@ -43,30 +43,35 @@ void AddBlock(const BlockView& block, const BlockError& error, KindReport* kind)
   kind->energy += error.energy;
   kind->error_energy += error.error_energy;
   if (error.energy > 0) {
-    kind->max_block_relative_error = std::max(kind->max_block_relative_error, error.error_energy / error.energy);
+    kind->max_block_relative_error =
+        std::max(kind->max_block_relative_error, error.error_energy / error.energy);
   }
 }
 
 }  // namespace
 
-absl::StatusOr<ShardReport> MeasureShard(const Backend& backend, const Shard& shard, const ConstTensor& k, const ConstTensor& v) {
+absl::StatusOr<ShardReport> MeasureShard(const Backend& backend, const Shard& shard,
+                                         const ConstTensor& k, const ConstTensor& v) {
   const TensorShape& shape = shard.header().shape;
   for (const ConstTensor* tensor : {&k, &v}) {
     if (tensor->shape != shape) {
-      return BadArgument("tokens * kv_heads * head_dim", tensor->shape.entries(), "the source must have the shard's shape");
+      return BadArgument("tokens * kv_heads * head_dim", tensor->shape.entries(),
+                         "the source must have the shard's shape");
     }
   }
   std::vector<float> decoded(2 * shape.entries());
   const TensorLayout layout = LayoutThd(shape);
   auto* bytes = reinterpret_cast<std::byte*>(decoded.data());
   const size_t half = shape.entries() * sizeof(float);
-  KVSHRINK_RETURN_IF_ERROR(DecodeShard(backend, shard, DecodeForm::kFull, {bytes, DType::kFp32, shape, layout},
+  KVSHRINK_RETURN_IF_ERROR(DecodeShard(backend, shard, DecodeForm::kFull,
+                                       {bytes, DType::kFp32, shape, layout},
                                        {bytes + half, DType::kFp32, shape, layout}));
   std::vector<BlockError> errors(shard.blocks().size());
   backend.ForEach(errors.size(), [&](size_t i) {
     const BlockView& block = shard.blocks()[i];
     const bool key = block.kind == Kind::kKey;
-    errors[i] = Compare(key ? k : v, {key ? bytes : bytes + half, DType::kFp32, shape, layout}, block);
+    errors[i] =
+        Compare(key ? k : v, {key ? bytes : bytes + half, DType::kFp32, shape, layout}, block);
   });
   ShardReport report;
   report.raw_bytes = shard.header().raw_bytes();

@@ -11,7 +11,8 @@ constexpr std::array<ProfileInfo, 9> kProfiles = {{
     {Profile::kTq2, "tq2", Family::kTq, 4, "TurboQuant, 2 bits: rotation, fp16 norm per row"},
     {Profile::kTq3, "tq3", Family::kTq, 8, "TurboQuant, 3 bits"},
     {Profile::kTq4, "tq4", Family::kTq, 16, "TurboQuant, 4 bits"},
-    {Profile::kEOptShrinkQ2, "eoptshrinkq2", Family::kEOptShrinkQ, 4, "eOptShrinkQ as published: shrunk low rank, 2-bit residual"},
+    {Profile::kEOptShrinkQ2, "eoptshrinkq2", Family::kEOptShrinkQ, 4,
+     "eOptShrinkQ as published: shrunk low rank, 2-bit residual"},
     {Profile::kKvs2, "kvs2", Family::kKvs, 3, "closed-loop low rank, residual at 1.6 bits"},
     {Profile::kKvs3, "kvs3", Family::kKvs, 6, "closed-loop low rank, residual at 2.67 bits"},
     {Profile::kKvs4, "kvs4", Family::kKvs, 12, "closed-loop low rank, residual at 3.6 bits"},
@@ -21,7 +22,9 @@ constexpr std::array<ProfileInfo, 9> kProfiles = {{
 
 std::span<const ProfileInfo> AllProfiles() { return kProfiles; }
 
-const ProfileInfo& GetProfileInfo(Profile profile) { return kProfiles[static_cast<size_t>(profile)]; }
+const ProfileInfo& GetProfileInfo(Profile profile) {
+  return kProfiles[static_cast<size_t>(profile)];
+}
 
 std::optional<Profile> ProfileFromName(std::string_view name) {
   for (const ProfileInfo& info : kProfiles) {

@@ -24,21 +24,25 @@ class CpuBackend final : public Backend {
 
   std::string_view name() const override { return "cpu"; }
 
-  void ForEach(size_t count, absl::FunctionRef<void(size_t)> body) const override { pool_.ForEach(count, body); }
+  void ForEach(size_t count, absl::FunctionRef<void(size_t)> body) const override {
+    pool_.ForEach(count, body);
+  }
 
-  void EncodeBlocks(const BlockSettings& settings, std::span<const BlockInput> in, std::span<BlockOutput> out) const override {
+  void EncodeBlocks(const BlockSettings& settings, std::span<const BlockInput> in,
+                    std::span<BlockOutput> out) const override {
     pool_.ForEach(in.size(), [&](size_t i) {
       static thread_local cpu::CpuStages stages;
       EncodeBlock(settings, in[i], &stages, &out[i]);
     });
   }
 
-  absl::Status UnpackBlock(Family family, const BlockView& block, uint32_t head_dim, DecodeForm form,
-                           UnpackedBlock* out) const override {
+  absl::Status UnpackBlock(Family family, const BlockView& block, uint32_t head_dim,
+                           DecodeForm form, UnpackedBlock* out) const override {
     return Decoder().Unpack(family, block, head_dim, form, out);
   }
 
-  absl::Status DecodeBlock(Family family, const BlockView& block, uint32_t head_dim, DecodeForm form, float* rows) const override {
+  absl::Status DecodeBlock(Family family, const BlockView& block, uint32_t head_dim,
+                           DecodeForm form, float* rows) const override {
     return Decoder().Decode(family, block, head_dim, form, rows);
   }
 
@@ -53,6 +57,8 @@ class CpuBackend final : public Backend {
 
 }  // namespace
 
-std::unique_ptr<Backend> MakeCpuBackend(int threads) { return std::make_unique<CpuBackend>(threads); }
+std::unique_ptr<Backend> MakeCpuBackend(int threads) {
+  return std::make_unique<CpuBackend>(threads);
+}
 
 }  // namespace kvshrink

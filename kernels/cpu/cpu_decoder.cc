@@ -32,8 +32,8 @@ void ScaleUpSaturating(int exponent, float* values, size_t count) {
 
 }  // namespace
 
-absl::Status CpuDecoder::ReadFactors(Family family, const BlockView& block, uint32_t d, std::vector<float>* token,
-                                     std::vector<float>* channel) {
+absl::Status CpuDecoder::ReadFactors(Family family, const BlockView& block, uint32_t d,
+                                     std::vector<float>* token, std::vector<float>* channel) {
   const uint32_t n = block.rows;
   const uint32_t rank = block.rank;
   if (family == Family::kEOptShrinkQ) {
@@ -53,18 +53,22 @@ absl::Status CpuDecoder::ReadFactors(Family family, const BlockView& block, uint
     column_.resize(n);
     for (uint32_t i = 0; i < rank; ++i) {
       const stages::KvsComponent& component = components_[i];
-      stages::DecodeChannelFactor(*over_channels_, component.bits.channel, component.channel, channel->data() + size_t{i} * d);
-      stages::DecodeTokenFactor(*over_tokens_, component.bits.token, component.scale, component.token, column_.data());
+      stages::DecodeChannelFactor(*over_channels_, component.bits.channel, component.channel,
+                                  channel->data() + size_t{i} * d);
+      stages::DecodeTokenFactor(*over_tokens_, component.bits.token, component.scale,
+                                component.token, column_.data());
       for (uint32_t t = 0; t < n; ++t) {
         (*token)[size_t{t} * rank + i] = column_[t];
       }
     }
   }
-  token->erase(token->begin(), token->begin() + static_cast<std::ptrdiff_t>(size_t{block.raw_rows} * rank));
+  token->erase(token->begin(),
+               token->begin() + static_cast<std::ptrdiff_t>(size_t{block.raw_rows} * rank));
   return absl::OkStatus();
 }
 
-absl::Status CpuDecoder::ReadResidual(Family family, const BlockView& block, uint32_t d, float* rows) {
+absl::Status CpuDecoder::ReadResidual(Family family, const BlockView& block, uint32_t d,
+                                      float* rows) {
   const uint32_t m = block.coded_rows();
   digits_.resize(size_t{m} * d);
   if (!stages::UnpackDigits(block.code, block.codes, digits_)) {
@@ -90,7 +94,8 @@ absl::Status CpuDecoder::ReadFp8(const BlockView& block, float* rows) {
   return valid ? absl::OkStatus() : BadBlock(block, "codes", "holds a NaN");
 }
 
-absl::Status CpuDecoder::Unpack(Family family, const BlockView& block, uint32_t d, DecodeForm form, Backend::UnpackedBlock* out) {
+absl::Status CpuDecoder::Unpack(Family family, const BlockView& block, uint32_t d, DecodeForm form,
+                                Backend::UnpackedBlock* out) {
   const bool levels = format::IsLevelCode(block.code);
   out->rank = levels ? block.rank : 0;
   out->rotated = levels && form == DecodeForm::kFull;
@@ -103,14 +108,16 @@ absl::Status CpuDecoder::Unpack(Family family, const BlockView& block, uint32_t 
     KVSHRINK_RETURN_IF_ERROR(ReadFp8(block, out->residual.data()));
   }
   if (out->rank > 0) {
-    KVSHRINK_RETURN_IF_ERROR(ReadFactors(family, block, d, &out->token_factors, &out->channel_factors));
+    KVSHRINK_RETURN_IF_ERROR(
+        ReadFactors(family, block, d, &out->token_factors, &out->channel_factors));
   }
   ScaleUp(block.exponent, &out->token_factors);
   ScaleUp(block.exponent, &out->residual);
   return absl::OkStatus();
 }
 
-absl::Status CpuDecoder::Decode(Family family, const BlockView& block, uint32_t d, DecodeForm form, float* rows) {
+absl::Status CpuDecoder::Decode(Family family, const BlockView& block, uint32_t d, DecodeForm form,
+                                float* rows) {
   const uint32_t m = block.coded_rows();
   const size_t count = size_t{m} * d;
   std::fill(rows, rows + count, 0.0F);

@@ -16,12 +16,15 @@ namespace kvshrink::cpu {
 class CpuDecoder {
  public:
   // See Backend.
-  absl::Status Unpack(Family family, const BlockView& block, uint32_t d, DecodeForm form, Backend::UnpackedBlock* out);
-  absl::Status Decode(Family family, const BlockView& block, uint32_t d, DecodeForm form, float* rows);
+  absl::Status Unpack(Family family, const BlockView& block, uint32_t d, DecodeForm form,
+                      Backend::UnpackedBlock* out);
+  absl::Status Decode(Family family, const BlockView& block, uint32_t d, DecodeForm form,
+                      float* rows);
 
  private:
   // Factors of the coded rows before the exponent.
-  absl::Status ReadFactors(Family family, const BlockView& block, uint32_t d, std::vector<float>* token, std::vector<float>* channel);
+  absl::Status ReadFactors(Family family, const BlockView& block, uint32_t d,
+                           std::vector<float>* token, std::vector<float>* channel);
   absl::Status ReadResidual(Family family, const BlockView& block, uint32_t d, float* rows);
   static absl::Status ReadFp8(const BlockView& block, float* rows);
 

@@ -53,7 +53,8 @@ void CpuStages::Orthonormalise() {
   Small factor;
   loops_.gram(basis_.data(), basis_.data(), d_, gram.data());
   stages::OrthonormalisingFactor(gram.data(), kDependent, factor.data());
-  const Eigen::Matrix<float, stages::kProbes, stages::kProbes, Eigen::RowMajor> narrow = factor.cast<float>();
+  const Eigen::Matrix<float, stages::kProbes, stages::kProbes, Eigen::RowMajor> narrow =
+      factor.cast<float>();
   next_basis_.resize(basis_.size());
   loops_.multiply(basis_.data(), d_, kPanel, kPanel, 1, narrow.data(), next_basis_.data());
   basis_.swap(next_basis_);
@@ -93,8 +94,10 @@ void CpuStages::CodeChannelFactors(const stages::RankChoice& choice) {
     for (uint32_t c = 0; c < d_; ++c) {
       v[c] = basis_[c * kPanel + i];
     }
-    stages::CodeChannelFactor(*over_channels_, component.bits.channel, v.data(), &component.channel);
-    stages::DecodeChannelFactor(*over_channels_, component.bits.channel, component.channel, channel_.data() + i * d_);
+    stages::CodeChannelFactor(*over_channels_, component.bits.channel, v.data(),
+                              &component.channel);
+    stages::DecodeChannelFactor(*over_channels_, component.bits.channel, component.channel,
+                                channel_.data() + i * d_);
   }
 }
 
@@ -110,7 +113,8 @@ void CpuStages::CodeTokenFactors(const stages::RankChoice& choice) {
   loops_.multiply(x_.data(), n_, d_, d_, 1, basis_.data(), projected_.data());
   Small wide_gram;
   loops_.gram(basis_.data(), basis_.data(), d_, wide_gram.data());
-  Eigen::Matrix<float, stages::kProbes, stages::kProbes, Eigen::RowMajor> gram = wide_gram.cast<float>();
+  Eigen::Matrix<float, stages::kProbes, stages::kProbes, Eigen::RowMajor> gram =
+      wide_gram.cast<float>();
   token_.resize(rank * n_);
   for (size_t i = 0; i < rank; ++i) {
     for (uint32_t t = 0; t < n_; ++t) {
@@ -121,8 +125,10 @@ void CpuStages::CodeTokenFactors(const stages::RankChoice& choice) {
   for (size_t i = 0; i < rank; ++i) {
     stages::KvsComponent& component = components_[i];
     float* column = token_.data() + i * n_;
-    component.scale = stages::CodeTokenFactor(*over_tokens_, component.bits.token, column, &component.token);
-    stages::DecodeTokenFactor(*over_tokens_, component.bits.token, component.scale, component.token, column);
+    component.scale =
+        stages::CodeTokenFactor(*over_tokens_, component.bits.token, column, &component.token);
+    stages::DecodeTokenFactor(*over_tokens_, component.bits.token, component.scale, component.token,
+                              column);
   }
 }
 
@@ -136,7 +142,8 @@ void CpuStages::CodeKvsFactors(const stages::RankChoice& choice, Backend::BlockO
       projected_[t * kPanel + i] = token_[i * n_ + t];
     }
   }
-  loops_.add_low_rank(projected_.data(), kPanel, channel_.data(), components_.size(), -1.0F, n_, d_, x_.data());
+  loops_.add_low_rank(projected_.data(), kPanel, channel_.data(), components_.size(), -1.0F, n_, d_,
+                      x_.data());
 }
 
 void CpuStages::CodeEOptShrink(Backend::BlockOutput* out) {
@@ -147,7 +154,8 @@ void CpuStages::CodeEOptShrink(Backend::BlockOutput* out) {
   out->factors = factors.record;
   stages::ReadEOptShrinkFactors(factors.record, out->rank, n_, d_, &token_, &channel_);
   error_target_ = x_;
-  loops_.add_low_rank(token_.data(), out->rank, channel_.data(), out->rank, -1.0F, n_, d_, error_target_.data());
+  loops_.add_low_rank(token_.data(), out->rank, channel_.data(), out->rank, -1.0F, n_, d_,
+                      error_target_.data());
   for (size_t i = 0; i < x_.size(); ++i) {
     x_[i] = static_cast<float>(wide[i] - factors.low[i]);
   }
@@ -162,8 +170,8 @@ void CpuStages::CodeLowRank(Family family, Backend::BlockOutput* out) {
   if (family == Family::kKvs) {
     FindSubspace();
     const int count = static_cast<int>(std::min({size_t{n_}, size_t{d_}, kPanel}));
-    const stages::RankChoice choice =
-        stages::ChooseRank(lambda_.data(), count, energy_, static_cast<int>(n_), static_cast<int>(d_));
+    const stages::RankChoice choice = stages::ChooseRank(
+        lambda_.data(), count, energy_, static_cast<int>(n_), static_cast<int>(d_));
     out->rank = static_cast<uint32_t>(choice.rank);
     if (choice.rank > 0) {
       CodeKvsFactors(choice, out);
@@ -176,7 +184,8 @@ void CpuStages::CodeLowRank(Family family, Backend::BlockOutput* out) {
   Rotate(&coded_);
 }
 
-double CpuStages::CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales, std::vector<uint8_t>* codes) {
+double CpuStages::CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales,
+                               std::vector<uint8_t>* codes) {
   const stages::Codebook& codebook = *stages::CodebookOf(code);
   digits_.resize(size_t{m_} * d_);
   row_scales_.resize(m_);

@@ -19,7 +19,8 @@ class CpuStages {
   void Load(const Backend::BlockInput& in, int exponent);
   double energy() const { return energy_; }
   void CodeLowRank(Family family, Backend::BlockOutput* out);
-  double CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales, std::vector<uint8_t>* codes);
+  double CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales,
+                      std::vector<uint8_t>* codes);
 
  private:
   void SetShape(uint32_t n, uint32_t d);
@@ -35,9 +36,10 @@ class CpuStages {
   const Loops& loops_ = ChooseLoops();
   uint32_t n_ = 0, d_ = 0, raw_rows_ = 0, m_ = 0;
   double energy_ = 0;
-  std::vector<float> x_;             // n x d: the scaled block, then its residual
-  std::vector<float> coded_;         // m x d, rotated residual
-  std::vector<float> error_target_;  // m x d, rotated, where it is not the coded residual (open loop)
+  std::vector<float> x_;      // n x d: the scaled block, then its residual
+  std::vector<float> coded_;  // m x d, rotated residual
+  std::vector<float>
+      error_target_;  // m x d, rotated, where it is not the coded residual (open loop)
   std::vector<float> row_signs_;
   std::optional<stages::Rotation<float>> over_channels_, over_tokens_;
 

@@ -20,7 +20,8 @@ constexpr size_t kPartialSums = 16;
 
 // Rows of the output that one pass keeps in registers.
 template <size_t kRows>
-HWY_INLINE void MultiplyRows(const float* m, size_t inner, size_t row_stride, size_t column_stride, const float* b, float* c) {
+HWY_INLINE void MultiplyRows(const float* m, size_t inner, size_t row_stride, size_t column_stride,
+                             const float* b, float* c) {
   const Wide tag;
   const size_t lanes = hn::Lanes(tag);
   for (size_t column = 0; column < kPanel; column += 2 * lanes) {
@@ -49,7 +50,8 @@ HWY_INLINE void MultiplyRows(const float* m, size_t inner, size_t row_stride, si
   }
 }
 
-void Multiply(const float* m, size_t rows, size_t inner, size_t row_stride, size_t column_stride, const float* b, float* c) {
+void Multiply(const float* m, size_t rows, size_t inner, size_t row_stride, size_t column_stride,
+              const float* b, float* c) {
   size_t i = 0;
   for (; i + 4 <= rows; i += 4) {
     MultiplyRows<4>(m + i * row_stride, inner, row_stride, column_stride, b, c + i * kPanel);
@@ -68,7 +70,8 @@ void Gram(const float* a, const float* b, size_t rows, double* c) {
       auto sum = hn::Zero(tag);
       for (size_t k = 0; k < rows; ++k) {
         const auto value = hn::Set(tag, static_cast<double>(a[k * kPanel + i]));
-        sum = hn::MulAdd(value, hn::PromoteTo(tag, hn::LoadU(narrow, b + k * kPanel + column)), sum);
+        sum =
+            hn::MulAdd(value, hn::PromoteTo(tag, hn::LoadU(narrow, b + k * kPanel + column)), sum);
       }
       hn::StoreU(sum, tag, c + i * kPanel + column);
     }
@@ -86,12 +89,13 @@ HWY_INLINE void AddScaled(float factor, const float* x, size_t count, float* y) 
   }
   const hn::CappedTag<float, 1> one;
   for (; i < count; ++i) {
-    hn::StoreU(hn::MulAdd(hn::Set(one, factor), hn::LoadU(one, x + i), hn::LoadU(one, y + i)), one, y + i);
+    hn::StoreU(hn::MulAdd(hn::Set(one, factor), hn::LoadU(one, x + i), hn::LoadU(one, y + i)), one,
+               y + i);
   }
 }
 
-void AddLowRank(const float* token, size_t token_stride, const float* channel, size_t rank, float sign, size_t rows, size_t d,
-                float* y) {
+void AddLowRank(const float* token, size_t token_stride, const float* channel, size_t rank,
+                float sign, size_t rows, size_t d, float* y) {
   for (size_t t = 0; t < rows; ++t) {
     for (size_t i = 0; i < rank; ++i) {
       AddScaled(sign * token[t * token_stride + i], channel + i * d, d, y + t * d);
@@ -179,14 +183,16 @@ HWY_INLINE float Dot(const float* a, const float* b, size_t count) {
   const hn::CappedTag<float, 1> one;
   for (size_t i = whole; i < count; ++i) {
     float* part = sums.part + i % kPartialSums;
-    hn::StoreU(hn::MulAdd(hn::LoadU(one, a + i), hn::LoadU(one, b + i), hn::LoadU(one, part)), one, part);
+    hn::StoreU(hn::MulAdd(hn::LoadU(one, a + i), hn::LoadU(one, b + i), hn::LoadU(one, part)), one,
+               part);
   }
   return sums.Total();
 }
 
 float Energy(const float* row, size_t d) { return Dot(row, row, d); }
 
-void Expand(const stages::Codebook& codebook, const uint8_t* digits, float scale, size_t d, float* row) {
+void Expand(const stages::Codebook& codebook, const uint8_t* digits, float scale, size_t d,
+            float* row) {
   float level[16];
   for (int i = 0; i < codebook.levels; ++i) {
     level[i] = codebook.level[i] * scale;
@@ -196,15 +202,16 @@ void Expand(const stages::Codebook& codebook, const uint8_t* digits, float scale
   }
 }
 
-float LevelProduct(const stages::Codebook& codebook, const uint8_t* digits, const float* row, size_t d) {
+float LevelProduct(const stages::Codebook& codebook, const uint8_t* digits, const float* row,
+                   size_t d) {
   float levels[kMaxHeadDim];
   Expand(codebook, digits, 1.0F, d, levels);
   return Dot(levels, row, d);
 }
 
 // Digits are counted in float lanes, one compare per threshold, then stored through a buffer.
-void Quantise(const stages::Codebook& codebook, float inverse, const float* row, size_t d, uint8_t* digits,
-              stages::RowSums<float>* sums) {
+void Quantise(const stages::Codebook& codebook, float inverse, const float* row, size_t d,
+              uint8_t* digits, stages::RowSums<float>* sums) {
   const Wide tag;
   const size_t lanes = hn::Lanes(tag);
   const auto wide_inverse = hn::Set(tag, inverse);
@@ -217,7 +224,8 @@ void Quantise(const stages::Codebook& codebook, float inverse, const float* row,
     const auto value = hn::Mul(hn::LoadU(tag, padded + c), wide_inverse);
     auto count = hn::Zero(tag);
     for (int i = 0; i + 1 < codebook.levels; ++i) {
-      count = hn::Add(count, hn::IfThenElseZero(hn::Gt(value, hn::Set(tag, codebook.threshold[i])), one));
+      count = hn::Add(count,
+                      hn::IfThenElseZero(hn::Gt(value, hn::Set(tag, codebook.threshold[i])), one));
     }
     hn::StoreU(count, tag, counts + c);
   }
@@ -232,7 +240,16 @@ void Quantise(const stages::Codebook& codebook, float inverse, const float* row,
 }
 
 Loops MakeLoops() {
-  return {hwy::TargetName(HWY_TARGET), Multiply, Gram, AddLowRank, Rotate, RotateInverse, Quantise, Energy, LevelProduct, Expand};
+  return {hwy::TargetName(HWY_TARGET),
+          Multiply,
+          Gram,
+          AddLowRank,
+          Rotate,
+          RotateInverse,
+          Quantise,
+          Energy,
+          LevelProduct,
+          Expand};
 }
 
 }  // namespace HWY_NAMESPACE

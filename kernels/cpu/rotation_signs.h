@@ -9,7 +9,8 @@
 
 namespace kvshrink::cpu {
 
-// 1 / sqrt(P) with the sign of each entry: those of the first pass, then, where there is one, those of the second.
+// 1 / sqrt(P) with the sign of each entry: those of the first pass, then, where there is one, those
+// of the second.
 inline std::vector<float> MakeSigns(stages::RotationSeed seed, uint32_t d) {
   const uint32_t power = stages::LargestPowerOfTwo(d);
   const float scale = 1.0F / std::sqrt(static_cast<float>(power));

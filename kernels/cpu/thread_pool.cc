@@ -6,7 +6,8 @@
 namespace kvshrink::cpu {
 
 struct ThreadPool::Loop {
-  Loop(size_t item_count, absl::FunctionRef<void(size_t)> loop_body) : count(item_count), body(loop_body) {}
+  Loop(size_t item_count, absl::FunctionRef<void(size_t)> loop_body)
+      : count(item_count), body(loop_body) {}
 
   // Takes items until none is left.
   void Run() {

@@ -1,5 +1,5 @@
-// Threads that share the items of loops. Several callers may run loops at the same time; each works on its own loop too, so that a loop
-// always goes on, even when all threads are busy with others.
+// Threads that share the items of loops. Several callers may run loops at the same time; each works
+// on its own loop too, so that a loop always goes on, even when all threads are busy with others.
 #pragma once
 
 #include <condition_variable>

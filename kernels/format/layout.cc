@@ -58,7 +58,8 @@ void PlaceBlock(const ShardHeader& header, uint32_t index, BlockView* block) {
   block->head = row % header.shape.kv_heads;
   block->first_row = index % per_head * kBlockTokens;
   block->rows = std::min(kBlockTokens, header.shape.tokens - block->first_row);
-  block->raw_rows = std::min(block->rows, header.raw_rows - std::min(header.raw_rows, block->first_row));
+  block->raw_rows =
+      std::min(block->rows, header.raw_rows - std::min(header.raw_rows, block->first_row));
 }
 
 }  // namespace kvshrink::format

@@ -1,4 +1,5 @@
-// Sizes and places of the parts of a shard (proto/FORMAT.md sections 2 to 5), shared by reader and writer.
+// Sizes and places of the parts of a shard (proto/FORMAT.md sections 2 to 5), shared by reader and
+// writer.
 #pragma once
 
 #include <cstddef>
@@ -22,9 +23,11 @@ inline constexpr int kMaxExponent = 127;
 
 // Offsets of the header's fields.
 namespace offset {
-inline constexpr size_t kMagic = 0, kVersion = 4, kProfile = 6, kDType = 7, kHeadDim = 8, kKvHeads = 10, kTokens = 12, kFirstToken = 16,
-                        kLayer = 20, kFlags = 22, kRawRows = 24, kExtBytes = 28, kLowBytes = 32, kScalesBytes = 40, kCodesBytes = 48,
-                        kIndexChecksum = 56, kLowChecksum = 64, kScalesChecksum = 72, kCodesChecksum = 80, kHeaderChecksum = 88;
+inline constexpr size_t kMagic = 0, kVersion = 4, kProfile = 6, kDType = 7, kHeadDim = 8,
+                        kKvHeads = 10, kTokens = 12, kFirstToken = 16, kLayer = 20, kFlags = 22,
+                        kRawRows = 24, kExtBytes = 28, kLowBytes = 32, kScalesBytes = 40,
+                        kCodesBytes = 48, kIndexChecksum = 56, kLowChecksum = 64,
+                        kScalesChecksum = 72, kCodesChecksum = 80, kHeaderChecksum = 88;
 }  // namespace offset
 
 // XXH64, seed 0.
@@ -32,8 +35,12 @@ uint64_t Checksum(const void* data, size_t size);
 
 // Whether blocks of the family may have this code.
 bool FamilyHasCode(Family family, BlockCode code);
-inline bool IsLevelCode(BlockCode code) { return static_cast<uint8_t>(code) >= static_cast<uint8_t>(BlockCode::kLevels3); }
-inline bool FamilyHasFactors(Family family) { return family == Family::kKvs || family == Family::kEOptShrinkQ; }
+inline bool IsLevelCode(BlockCode code) {
+  return static_cast<uint8_t>(code) >= static_cast<uint8_t>(BlockCode::kLevels3);
+}
+inline bool FamilyHasFactors(Family family) {
+  return family == Family::kKvs || family == Family::kEOptShrinkQ;
+}
 
 // Bytes of a block's parts; m = coded rows, d = head_dim.
 size_t ScaleBytes(Family family, BlockCode code, uint32_t m);

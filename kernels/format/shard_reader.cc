@@ -4,10 +4,10 @@
 #include <optional>
 #include <string>
 
-#include "kvshrink/strcat.h"
 #include "format/layout.h"
 #include "kvshrink/error.h"
 #include "kvshrink/shard.h"
+#include "kvshrink/strcat.h"
 #include "stages/eoptshrink.h"
 #include "stages/kvs_factors.h"
 
@@ -30,7 +30,9 @@ absl::Status CheckIntegrityOfHeader(std::string_view bytes, const uint8_t* data)
     return BadShard("size", bytes.size(), StrCat("a header has ", format::kHeaderBytes, " bytes"));
   }
   if (bytes.substr(0, 4) != format::kMagic) {
-    return BadShard("magic", StrCat(absl::Hex(LoadLittle<uint32_t>(data + at::kMagic), absl::kZeroPad8)), "must be KVS1");
+    return BadShard("magic",
+                    StrCat(absl::Hex(LoadLittle<uint32_t>(data + at::kMagic), absl::kZeroPad8)),
+                    "must be KVS1");
   }
   if (const auto version = LoadLittle<uint16_t>(data + at::kVersion); version != format::kVersion) {
     return BadShard("version", version, StrCat("this build reads version ", format::kVersion));
@@ -66,14 +68,16 @@ absl::Status ReadHeader(const uint8_t* data, ShardHeader* header, Sections* sect
   KVSHRINK_RETURN_IF_ERROR(CheckLimit("tokens", shape.tokens, 1, kMaxTokens));
   KVSHRINK_RETURN_IF_ERROR(CheckLimit("entries", 2 * uint64_t{shape.entries()}, 1, kMaxEntries));
   header->first_token = LoadLittle<uint32_t>(data + at::kFirstToken);
-  KVSHRINK_RETURN_IF_ERROR(CheckLimit("first_token", header->first_token, 0, (uint64_t{1} << 31) - 1 - shape.tokens));
+  KVSHRINK_RETURN_IF_ERROR(
+      CheckLimit("first_token", header->first_token, 0, (uint64_t{1} << 31) - 1 - shape.tokens));
   header->layer = LoadLittle<uint16_t>(data + at::kLayer);
   KVSHRINK_RETURN_IF_ERROR(CheckLimit("layer", header->layer, 0, kMaxLayer));
   KVSHRINK_RETURN_IF_ERROR(CheckLimit("flags", LoadLittle<uint16_t>(data + at::kFlags), 0, 0));
   header->raw_rows = LoadLittle<uint32_t>(data + at::kRawRows);
   KVSHRINK_RETURN_IF_ERROR(CheckLimit("raw_rows", header->raw_rows, 0, shape.tokens));
   sections->extensions = LoadLittle<uint32_t>(data + at::kExtBytes);
-  KVSHRINK_RETURN_IF_ERROR(CheckLimit("ext_bytes", sections->extensions, 0, format::kMaxExtensionBytes));
+  KVSHRINK_RETURN_IF_ERROR(
+      CheckLimit("ext_bytes", sections->extensions, 0, format::kMaxExtensionBytes));
   if (sections->extensions % format::kExtensionAlignment != 0) {
     return BadShard("ext_bytes", sections->extensions, "must be a multiple of 8");
   }
@@ -83,32 +87,43 @@ absl::Status ReadHeader(const uint8_t* data, ShardHeader* header, Sections* sect
   return absl::OkStatus();
 }
 
-absl::Status ReadIndexEntry(const uint8_t* entry, uint32_t index, Family family, uint32_t d, BlockView* block, uint32_t* factor_bytes) {
+absl::Status ReadIndexEntry(const uint8_t* entry, uint32_t index, Family family, uint32_t d,
+                            BlockView* block, uint32_t* factor_bytes) {
   block->exponent = static_cast<int8_t>(entry[0]);
   block->code = static_cast<BlockCode>(entry[1]);
   block->rank = entry[2];
   *factor_bytes = LoadLittle<uint16_t>(entry + 4);
-  const bool levels = format::FamilyHasCode(family, block->code) && format::IsLevelCode(block->code);
-  if (block->exponent < format::kMinExponent || (block->exponent != 0 && !levels && block->code != BlockCode::kFp8)) {
-    return BadShard(BlockField("index", index, "exponent"), block->exponent, "must be -126..127, and 0 for blocks that are zero or raw");
+  const bool levels =
+      format::FamilyHasCode(family, block->code) && format::IsLevelCode(block->code);
+  if (!format::FamilyHasCode(family, block->code) ||
+      (block->coded_rows() == 0 && block->code != BlockCode::kZero)) {
+    return BadShard(BlockField("index", index, "code"), int{entry[1]},
+                    "not a code of this profile and block");
   }
-  if (!format::FamilyHasCode(family, block->code) || (block->coded_rows() == 0 && block->code != BlockCode::kZero)) {
-    return BadShard(BlockField("index", index, "code"), int{entry[1]}, "not a code of this profile and block");
+  if (block->exponent < format::kMinExponent ||
+      (block->exponent != 0 && !levels && block->code != BlockCode::kFp8)) {
+    return BadShard(BlockField("index", index, "exponent"), block->exponent,
+                    "must be -126..127, and 0 for blocks that are zero or raw");
   }
-  const uint32_t most = levels && format::FamilyHasFactors(family) ? std::min({block->rows, d, format::kMaxFormatRank}) : 0;
+  const uint32_t most = levels && format::FamilyHasFactors(family)
+                            ? std::min({block->rows, d, format::kMaxFormatRank})
+                            : 0;
   if (block->rank > most) {
-    return BadShard(BlockField("index", index, "rank"), block->rank, StrCat("must be at most ", most));
+    return BadShard(BlockField("index", index, "rank"), block->rank,
+                    StrCat("must be at most ", most));
   }
   if (entry[3] != 0) {
     return BadShard(BlockField("index", index, "reserved"), int{entry[3]}, "must be 0");
   }
   size_t least = 0;
   if (block->rank > 0) {
-    least = family == Family::kKvs ? 2 * block->rank + 1 : stages::EOptShrinkFactorBytes(block->rank, block->rows, d);
+    least = family == Family::kKvs ? 2 * block->rank + 1
+                                   : stages::EOptShrinkFactorBytes(block->rank, block->rows, d);
   }
   const bool exact = block->rank == 0 || family == Family::kEOptShrinkQ;
   if (*factor_bytes < least || (exact && *factor_bytes != least)) {
-    return BadShard(BlockField("index", index, "factor_bytes"), *factor_bytes, StrCat("must be ", exact ? "" : "at least ", least));
+    return BadShard(BlockField("index", index, "factor_bytes"), *factor_bytes,
+                    StrCat("must be ", exact ? "" : "at least ", least));
   }
   return absl::OkStatus();
 }
@@ -126,7 +141,8 @@ absl::Status CheckKvsFactors(const BlockView& block, uint32_t index, uint32_t d)
   }
   const size_t size = stages::KvsFactorBytes({bits.data(), block.rank}, block.rows, d);
   if (size != block.factors.size()) {
-    return BadShard(BlockField("block", index, "factor_bytes"), block.factors.size(), StrCat("its bit counts make ", size));
+    return BadShard(BlockField("block", index, "factor_bytes"), block.factors.size(),
+                    StrCat("its bit counts make ", size));
   }
   return absl::OkStatus();
 }
@@ -138,10 +154,12 @@ absl::Status CheckSection(std::string_view name, uint64_t stored, uint64_t sum) 
   return absl::OkStatus();
 }
 
-absl::Status CheckChecksum(std::string_view name, const uint8_t* data, size_t field, const uint8_t* section, size_t size) {
+absl::Status CheckChecksum(std::string_view name, const uint8_t* data, size_t field,
+                           const uint8_t* section, size_t size) {
   const auto stored = LoadLittle<uint64_t>(data + field);
   if (stored != format::Checksum(section, size)) {
-    return BadShard(StrCat(name, "_checksum"), StrCat(absl::Hex(stored)), "doesn't match its bytes");
+    return BadShard(StrCat(name, "_checksum"), StrCat(absl::Hex(stored)),
+                    "doesn't match its bytes");
   }
   return absl::OkStatus();
 }
@@ -155,10 +173,12 @@ struct Parts {
 Parts PartsOf(const ShardHeader& header, const BlockView& block, uint32_t factor_bytes) {
   const Family family = GetProfileInfo(header.profile).family;
   Parts parts;
-  parts.raw = block.raw_rows * header.shape.head_dim * static_cast<uint32_t>(DTypeBytes(header.dtype));
+  parts.raw =
+      block.raw_rows * header.shape.head_dim * static_cast<uint32_t>(DTypeBytes(header.dtype));
   parts.factors = factor_bytes;
   parts.scales = format::ScaleBytes(family, block.code, block.coded_rows());
-  parts.codes = format::CodeBytes(block.code, block.coded_rows(), header.shape.head_dim, header.dtype);
+  parts.codes =
+      format::CodeBytes(block.code, block.coded_rows(), header.shape.head_dim, header.dtype);
   return parts;
 }
 
@@ -177,10 +197,12 @@ absl::StatusOr<Shard> Shard::Parse(std::string_view bytes, Extent extent) {
   if (bytes.size() < low_begin) {
     return BadShard("size", bytes.size(), StrCat("header and index have ", low_begin, " bytes"));
   }
-  KVSHRINK_RETURN_IF_ERROR(
-      CheckChecksum("index", data, at::kIndexChecksum, data + format::kHeaderBytes, low_begin - format::kHeaderBytes));
+  KVSHRINK_RETURN_IF_ERROR(CheckChecksum("index", data, at::kIndexChecksum,
+                                         data + format::kHeaderBytes,
+                                         low_begin - format::kHeaderBytes));
   if (sections.extensions != 0) {
-    return BadShard("extension", LoadLittle<uint16_t>(data + format::kHeaderBytes), "unknown to this build");
+    return BadShard("extension", LoadLittle<uint16_t>(data + format::kHeaderBytes),
+                    "unknown to this build");
   }
 
   // The table's size is bounded by the index that is there.
@@ -194,8 +216,8 @@ absl::StatusOr<Shard> Shard::Parse(std::string_view bytes, Extent extent) {
     BlockView& block = shard.blocks_[i];
     format::PlaceBlock(header, i, &block);
     uint32_t factor_bytes = 0;
-    KVSHRINK_RETURN_IF_ERROR(
-        ReadIndexEntry(data + index_begin + i * format::kIndexEntryBytes, i, family, header.shape.head_dim, &block, &factor_bytes));
+    KVSHRINK_RETURN_IF_ERROR(ReadIndexEntry(data + index_begin + i * format::kIndexEntryBytes, i,
+                                            family, header.shape.head_dim, &block, &factor_bytes));
     parts[i] = PartsOf(header, block, factor_bytes);
     low_sum += parts[i].raw + parts[i].factors;
     scales_sum += parts[i].scales;
@@ -210,12 +232,15 @@ absl::StatusOr<Shard> Shard::Parse(std::string_view bytes, Extent extent) {
   const size_t end = codes_begin + codes_sum;
   const bool whole = bytes.size() == end;
   if (!whole && (extent == Extent::kWhole || bytes.size() < scales_begin || bytes.size() > end)) {
-    return BadShard("size", bytes.size(), StrCat("the shard has ", end, " bytes, its preview ", scales_begin));
+    return BadShard("size", bytes.size(),
+                    StrCat("the shard has ", end, " bytes, its preview ", scales_begin));
   }
   KVSHRINK_RETURN_IF_ERROR(CheckChecksum("low", data, at::kLowChecksum, data + low_begin, low_sum));
   if (whole) {
-    KVSHRINK_RETURN_IF_ERROR(CheckChecksum("scales", data, at::kScalesChecksum, data + scales_begin, scales_sum));
-    KVSHRINK_RETURN_IF_ERROR(CheckChecksum("codes", data, at::kCodesChecksum, data + codes_begin, codes_sum));
+    KVSHRINK_RETURN_IF_ERROR(
+        CheckChecksum("scales", data, at::kScalesChecksum, data + scales_begin, scales_sum));
+    KVSHRINK_RETURN_IF_ERROR(
+        CheckChecksum("codes", data, at::kCodesChecksum, data + codes_begin, codes_sum));
   }
 
   const uint8_t* low = data + low_begin;

@@ -37,8 +37,8 @@ void Append(const std::vector<uint8_t>& bytes, std::string* out) {
 size_t TotalBytes(std::span<const CodedBlock> blocks) {
   size_t total = kHeaderBytes;
   for (const CodedBlock& block : blocks) {
-    total += kIndexEntryBytes + block.raw_rows.size() + block.raw_block.size() + block.output.factors.size() +
-             block.output.scales.size() + block.output.codes.size();
+    total += kIndexEntryBytes + block.raw_rows.size() + block.raw_block.size() +
+             block.output.factors.size() + block.output.scales.size() + block.output.codes.size();
   }
   return total;
 }
@@ -75,7 +75,8 @@ std::string WriteShard(const ShardHeader& header, std::span<const CodedBlock> bl
   };
   section(kHeaderBytes, low_begin, offset::kIndexChecksum);
   StoreLittle(section(low_begin, scales_begin, offset::kLowChecksum), data + offset::kLowBytes);
-  StoreLittle(section(scales_begin, codes_begin, offset::kScalesChecksum), data + offset::kScalesBytes);
+  StoreLittle(section(scales_begin, codes_begin, offset::kScalesChecksum),
+              data + offset::kScalesBytes);
   StoreLittle(section(codes_begin, out.size(), offset::kCodesChecksum), data + offset::kCodesBytes);
   StoreLittle<uint64_t>(Checksum(data, offset::kHeaderChecksum), data + offset::kHeaderChecksum);
   return out;

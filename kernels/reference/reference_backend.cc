@@ -24,9 +24,12 @@ bool ReadLowRank(Family family, const BlockView& block, uint32_t d, Matrix* low)
   if (family == Family::kEOptShrinkQ) {
     std::vector<float> token;
     std::vector<float> channel;
-    const bool valid = stages::ReadEOptShrinkFactors(block.factors, block.rank, n, d, &token, &channel);
-    const Eigen::Map<const Eigen::Matrix<float, -1, -1, Eigen::RowMajor>> u(token.data(), n, block.rank);
-    const Eigen::Map<const Eigen::Matrix<float, -1, -1, Eigen::RowMajor>> v(channel.data(), block.rank, d);
+    const bool valid =
+        stages::ReadEOptShrinkFactors(block.factors, block.rank, n, d, &token, &channel);
+    const Eigen::Map<const Eigen::Matrix<float, -1, -1, Eigen::RowMajor>> u(token.data(), n,
+                                                                            block.rank);
+    const Eigen::Map<const Eigen::Matrix<float, -1, -1, Eigen::RowMajor>> v(channel.data(),
+                                                                            block.rank, d);
     *low = u.cast<double>() * v.cast<double>();
     return valid;
   }
@@ -38,7 +41,8 @@ bool ReadLowRank(Family family, const BlockView& block, uint32_t d, Matrix* low)
   Eigen::VectorXd a(n);
   for (const stages::KvsComponent& component : components) {
     stages::DecodeChannelFactor(over_channels, component.bits.channel, component.channel, v.data());
-    stages::DecodeTokenFactor(over_tokens, component.bits.token, component.scale, component.token, a.data());
+    stages::DecodeTokenFactor(over_tokens, component.bits.token, component.scale, component.token,
+                              a.data());
     *low += a * v.transpose();
   }
   return true;
@@ -58,7 +62,9 @@ absl::Status ReadResidual(Family family, const BlockView& block, uint32_t d, Mat
   *residual = Matrix(m, d);
   for (uint32_t t = 0; t < m; ++t) {
     for (uint32_t c = 0; c < d; ++c) {
-      (*residual)(t, c) = static_cast<double>(stages::CodebookOf(block.code)->level[digits[size_t{t} * d + c]]) * scales[t];
+      (*residual)(t, c) =
+          static_cast<double>(stages::CodebookOf(block.code)->level[digits[size_t{t} * d + c]]) *
+          scales[t];
     }
     rotation.ApplyInverse(residual->row(t).data());
   }
@@ -76,7 +82,8 @@ absl::Status ReadFp8(const BlockView& block, Matrix* rows) {
 }
 
 // The coded rows before the block's exponent.
-absl::StatusOr<Matrix> ReadRows(Family family, const BlockView& block, uint32_t d, DecodeForm form) {
+absl::StatusOr<Matrix> ReadRows(Family family, const BlockView& block, uint32_t d,
+                                DecodeForm form) {
   Matrix rows = Matrix::Zero(block.coded_rows(), d);
   if (block.code == BlockCode::kFp8 && form == DecodeForm::kFull) {
     KVSHRINK_RETURN_IF_ERROR(ReadFp8(block, &rows));
@@ -100,15 +107,16 @@ class ReferenceBackend final : public Backend {
 
   std::string_view name() const override { return exact_ ? "reference-exact" : "reference"; }
 
-  void EncodeBlocks(const BlockSettings& settings, std::span<const BlockInput> in, std::span<BlockOutput> out) const override {
+  void EncodeBlocks(const BlockSettings& settings, std::span<const BlockInput> in,
+                    std::span<BlockOutput> out) const override {
     for (size_t i = 0; i < in.size(); ++i) {
       reference::ReferenceStages stages(exact_);
       EncodeBlock(settings, in[i], &stages, &out[i]);
     }
   }
 
-  absl::Status UnpackBlock(Family family, const BlockView& block, uint32_t head_dim, DecodeForm form,
-                           UnpackedBlock* out) const override {
+  absl::Status UnpackBlock(Family family, const BlockView& block, uint32_t head_dim,
+                           DecodeForm form, UnpackedBlock* out) const override {
     out->rank = 0;
     out->rotated = false;
     out->token_factors.clear();
@@ -117,7 +125,8 @@ class ReferenceBackend final : public Backend {
     return DecodeBlock(family, block, head_dim, form, out->residual.data());
   }
 
-  absl::Status DecodeBlock(Family family, const BlockView& block, uint32_t head_dim, DecodeForm form, float* rows) const override {
+  absl::Status DecodeBlock(Family family, const BlockView& block, uint32_t head_dim,
+                           DecodeForm form, float* rows) const override {
     const absl::StatusOr<Matrix> decoded = ReadRows(family, block, head_dim, form);
     KVSHRINK_RETURN_IF_ERROR(decoded.status());
     for (Eigen::Index i = 0; i < decoded->size(); ++i) {
@@ -132,6 +141,8 @@ class ReferenceBackend final : public Backend {
 
 }  // namespace
 
-std::unique_ptr<Backend> MakeReferenceBackend(bool exact) { return std::make_unique<ReferenceBackend>(exact); }
+std::unique_ptr<Backend> MakeReferenceBackend(bool exact) {
+  return std::make_unique<ReferenceBackend>(exact);
+}
 
 }  // namespace kvshrink

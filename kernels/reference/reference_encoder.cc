@@ -14,7 +14,8 @@ using stages::KvsComponent;
 
 namespace {
 
-// What is left of a column that the others span is rounding, a few units in the last place of its length.
+// What is left of a column that the others span is rounding, a few units in the last place of its
+// length.
 constexpr double kDependent = 1e-12;
 
 Matrix Orthonormalised(const Matrix& columns) {
@@ -39,7 +40,8 @@ void ReferenceStages::Load(const Backend::BlockInput& in, int exponent) {
 ReferenceStages::Spectrum ReferenceStages::ExactEigenpairs() const {
   const Matrix gram = x_.transpose() * x_;
   const Eigen::SelfAdjointEigenSolver<Matrix> solver(gram);  // ascending
-  const Eigen::Index count = std::min<Eigen::Index>(stages::kRankCap, std::min(x_.rows(), x_.cols()));
+  const Eigen::Index count =
+      std::min<Eigen::Index>(stages::kRankCap, std::min(x_.rows(), x_.cols()));
   Spectrum spectrum;
   spectrum.vectors = Matrix(x_.cols(), count);
   for (Eigen::Index i = 0; i < count; ++i) {
@@ -57,7 +59,8 @@ ReferenceStages::Spectrum ReferenceStages::LeadingEigenpairs() const {
   Matrix basis(d, stages::kProbes);
   for (int j = 0; j < stages::kProbes; ++j) {
     for (Eigen::Index c = 0; c < d; ++c) {
-      basis(c, j) = static_cast<double>(stages::ProbeEntry(static_cast<uint32_t>(j), static_cast<uint32_t>(c)));
+      basis(c, j) = static_cast<double>(
+          stages::ProbeEntry(static_cast<uint32_t>(j), static_cast<uint32_t>(c)));
     }
   }
   for (int round = 0; round < stages::kSubspaceRounds; ++round) {
@@ -68,7 +71,8 @@ ReferenceStages::Spectrum ReferenceStages::LeadingEigenpairs() const {
   const Matrix projected = x_ * basis;
   const Matrix small = projected.transpose() * projected;
   const Eigen::SelfAdjointEigenSolver<Matrix> solver(small);
-  const Eigen::Index count = std::min<Eigen::Index>(stages::kRankCap, std::min(x_.rows(), x_.cols()));
+  const Eigen::Index count =
+      std::min<Eigen::Index>(stages::kRankCap, std::min(x_.rows(), x_.cols()));
   Spectrum spectrum;
   spectrum.vectors = Matrix(d, count);
   for (Eigen::Index i = 0; i < count; ++i) {
@@ -79,7 +83,8 @@ ReferenceStages::Spectrum ReferenceStages::LeadingEigenpairs() const {
   return spectrum;
 }
 
-Matrix ReferenceStages::CodeKvsFactors(const Spectrum& spectrum, const stages::RankChoice& choice, Backend::BlockOutput* out) const {
+Matrix ReferenceStages::CodeKvsFactors(const Spectrum& spectrum, const stages::RankChoice& choice,
+                                       Backend::BlockOutput* out) const {
   const auto n = static_cast<uint32_t>(x_.rows());
   const auto d = static_cast<uint32_t>(x_.cols());
   const stages::Rotation<double> over_channels(stages::kChannelSeed, d);
@@ -94,7 +99,8 @@ Matrix ReferenceStages::CodeKvsFactors(const Spectrum& spectrum, const stages::R
       v[c] = spectrum.vectors(c, i);
     }
     stages::CodeChannelFactor(over_channels, component.bits.channel, v.data(), &component.channel);
-    stages::DecodeChannelFactor(over_channels, component.bits.channel, component.channel, channel.row(i).data());
+    stages::DecodeChannelFactor(over_channels, component.bits.channel, component.channel,
+                                channel.row(i).data());
   }
   // A^T = (V V^T)^-1 V X^T, rows of `channel` being the channel factors as decoded.
   Matrix token = channel * x_.transpose();
@@ -103,8 +109,10 @@ Matrix ReferenceStages::CodeKvsFactors(const Spectrum& spectrum, const stages::R
   for (int i = 0; i < choice.rank; ++i) {
     KvsComponent& component = components[static_cast<size_t>(i)];
     double* column = token.row(i).data();
-    component.scale = stages::CodeTokenFactor(over_tokens, component.bits.token, column, &component.token);
-    stages::DecodeTokenFactor(over_tokens, component.bits.token, component.scale, component.token, column);
+    component.scale =
+        stages::CodeTokenFactor(over_tokens, component.bits.token, column, &component.token);
+    stages::DecodeTokenFactor(over_tokens, component.bits.token, component.scale, component.token,
+                              column);
   }
   stages::WriteKvsFactors(components, &out->factors);
   return token.transpose() * channel;
@@ -123,21 +131,25 @@ void ReferenceStages::CodeLowRank(Family family, Backend::BlockOutput* out) {
   const auto d = static_cast<uint32_t>(x_.cols());
   if (family == Family::kKvs) {
     const Spectrum spectrum = LeadingEigenpairs();
-    const stages::RankChoice choice = stages::ChooseRank(spectrum.values.data(), static_cast<int>(spectrum.values.size()), energy(),
-                                                         static_cast<int>(n), static_cast<int>(d));
+    const stages::RankChoice choice =
+        stages::ChooseRank(spectrum.values.data(), static_cast<int>(spectrum.values.size()),
+                           energy(), static_cast<int>(n), static_cast<int>(d));
     out->rank = static_cast<uint32_t>(choice.rank);
     const Matrix low = choice.rank > 0 ? CodeKvsFactors(spectrum, choice, out) : Matrix::Zero(n, d);
     residual_ = (x_ - low).bottomRows(m);
     error_target_ = residual_;
   } else if (family == Family::kEOptShrinkQ) {
-    const stages::EOptShrinkFactors factors = stages::CodeEOptShrinkFactors(x_.data(), static_cast<int>(n), static_cast<int>(d));
+    const stages::EOptShrinkFactors factors =
+        stages::CodeEOptShrinkFactors(x_.data(), static_cast<int>(n), static_cast<int>(d));
     out->rank = static_cast<uint32_t>(factors.rank);
     out->factors = factors.record;
     std::vector<float> token;
     std::vector<float> channel;
     stages::ReadEOptShrinkFactors(factors.record, out->rank, n, d, &token, &channel);
-    const Eigen::Map<const Eigen::Matrix<float, -1, -1, Eigen::RowMajor>> u(token.data(), n, out->rank);
-    const Eigen::Map<const Eigen::Matrix<float, -1, -1, Eigen::RowMajor>> v(channel.data(), out->rank, d);
+    const Eigen::Map<const Eigen::Matrix<float, -1, -1, Eigen::RowMajor>> u(token.data(), n,
+                                                                            out->rank);
+    const Eigen::Map<const Eigen::Matrix<float, -1, -1, Eigen::RowMajor>> v(channel.data(),
+                                                                            out->rank, d);
     residual_ = (x_ - Eigen::Map<const Matrix>(factors.low.data(), n, d)).bottomRows(m);
     error_target_ = (x_ - u.cast<double>() * v.cast<double>()).bottomRows(m);
   } else {
@@ -148,7 +160,8 @@ void ReferenceStages::CodeLowRank(Family family, Backend::BlockOutput* out) {
   Rotate(&error_target_);
 }
 
-double ReferenceStages::CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales, std::vector<uint8_t>* codes) const {
+double ReferenceStages::CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales,
+                                     std::vector<uint8_t>* codes) const {
   const stages::Codebook& codebook = *stages::CodebookOf(code);
   const auto d = static_cast<uint32_t>(residual_.cols());
   std::vector<uint8_t> digits;

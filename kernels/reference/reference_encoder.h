@@ -1,4 +1,5 @@
-// The encoder's stages in the order of the specification, scalar and in double. `Stages` of block_pipeline.h.
+// The encoder's stages in the order of the specification, scalar and in double. `Stages` of
+// block_pipeline.h.
 #pragma once
 
 #include <Eigen/Dense>
@@ -20,10 +21,12 @@ class ReferenceStages {
   void Load(const Backend::BlockInput& in, int exponent);
   double energy() const { return x_.squaredNorm(); }
   void CodeLowRank(Family family, Backend::BlockOutput* out);
-  double CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales, std::vector<uint8_t>* codes) const;
+  double CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales,
+                      std::vector<uint8_t>* codes) const;
 
  private:
-  // Eigenvalues (descending) and eigenvectors (columns) of X^T X, as many as the rank rule may need.
+  // Eigenvalues (descending) and eigenvectors (columns) of X^T X, as many as the rank rule may
+  // need.
   struct Spectrum {
     std::vector<double> values;
     Matrix vectors;  // d x count
@@ -31,14 +34,16 @@ class ReferenceStages {
   Spectrum LeadingEigenpairs() const;
   Spectrum ExactEigenpairs() const;
   // What a decoder makes of the factors; fills `out`'s record.
-  Matrix CodeKvsFactors(const Spectrum& spectrum, const stages::RankChoice& choice, Backend::BlockOutput* out) const;
+  Matrix CodeKvsFactors(const Spectrum& spectrum, const stages::RankChoice& choice,
+                        Backend::BlockOutput* out) const;
   void Rotate(Matrix* rows) const;
 
   bool exact_;
   uint32_t raw_rows_ = 0;
   Matrix x_;             // n x d, scaled, raw rows zero
   Matrix residual_;      // m x d, rotated: what is coded
-  Matrix error_target_;  // m x d, rotated: what the coded residual should have been, given the factors as decoded
+  Matrix error_target_;  // m x d, rotated: what the coded residual should have been, given the
+                         // factors as decoded
 };
 
 }  // namespace kvshrink::reference

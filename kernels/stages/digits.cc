@@ -5,7 +5,8 @@
 namespace kvshrink::stages {
 namespace {
 
-// Digits of every byte of an alphabet packed in bytes: one look-up per group. Numbers that no group has are marked in `valid`.
+// Digits of every byte of an alphabet packed in bytes: one look-up per group. Numbers that no group
+// has are marked in `valid`.
 template <int kLevels, int kDigits>
 struct GroupTable {
   std::array<std::array<uint8_t, kDigits>, 256> digits{};
@@ -18,7 +19,8 @@ struct GroupTable {
     for (int number = 0; number < limit; ++number) {
       int rest = number;
       for (int i = 0; i < kDigits; ++i) {
-        digits[static_cast<size_t>(number)][static_cast<size_t>(i)] = static_cast<uint8_t>(rest % kLevels);
+        digits[static_cast<size_t>(number)][static_cast<size_t>(i)] =
+            static_cast<uint8_t>(rest % kLevels);
         rest /= kLevels;
       }
     }
@@ -29,7 +31,8 @@ constexpr GroupTable<3, 5> kTernaryGroups;
 constexpr GroupTable<6, 3> kSenaryGroups;
 
 template <int kLevels, int kDigits>
-bool UnpackByteGroups(const GroupTable<kLevels, kDigits>& table, std::span<const uint8_t> bytes, std::span<uint8_t> digits) {
+bool UnpackByteGroups(const GroupTable<kLevels, kDigits>& table, std::span<const uint8_t> bytes,
+                      std::span<uint8_t> digits) {
   bool valid = true;
   size_t next = 0;
   for (const uint8_t byte : bytes) {
@@ -82,7 +85,8 @@ bool UnpackDigits(BlockCode code, std::span<const uint8_t> bytes, std::span<uint
   for (size_t start = 0; start < digits.size(); start += static_cast<size_t>(grouping.digits)) {
     uint32_t number = reader.Get(grouping.bits);
     valid &= number < limit;
-    for (size_t i = start; i < start + static_cast<size_t>(grouping.digits) && i < digits.size(); ++i) {
+    for (size_t i = start; i < start + static_cast<size_t>(grouping.digits) && i < digits.size();
+         ++i) {
       digits[i] = static_cast<uint8_t>(number % levels);
       number /= levels;
     }

@@ -1,4 +1,5 @@
-// Digits to bytes and back: bit strings, and groups of digits of alphabets that are no power of two (proto/FORMAT.md section 5).
+// Digits to bytes and back: bit strings, and groups of digits of alphabets that are no power of two
+// (proto/FORMAT.md section 5).
 #pragma once
 
 #include <cstddef>

@@ -27,11 +27,14 @@ int EdgeOffset(int p) {
 
 // Eigenvalues of the noise: the top k are imputed along the edge's square-root law.
 std::vector<double> NoiseEigenvalues(std::span<const double> lambda, int rank, int k) {
-  const auto at = [&](int index) { return lambda[static_cast<size_t>(index - 1)]; };  // 1-based, as in the paper
+  const auto at = [&](int index) {
+    return lambda[static_cast<size_t>(index - 1)];
+  };  // 1-based, as in the paper
   const double step = (at(rank + k + 1) - at(rank + 2 * k + 1)) / (std::pow(2.0, 2.0 / 3.0) - 1);
   std::vector<double> noise;
   for (int j = 1; j <= k; ++j) {
-    noise.push_back(at(rank + k + 1) + (1 - std::pow(static_cast<double>(j) / k, 2.0 / 3.0)) * step);
+    noise.push_back(at(rank + k + 1) +
+                    (1 - std::pow(static_cast<double>(j) / k, 2.0 / 3.0)) * step);
   }
   noise.insert(noise.end(), lambda.begin() + rank + k, lambda.end());
   return noise;
@@ -73,7 +76,9 @@ Levels FitCodebook(std::vector<double> values) {
     for (size_t i = 0; i < 16; ++i) {
       size_t end = values.size();
       if (i + 1 < 16) {
-        end = static_cast<size_t>(std::upper_bound(values.begin(), values.end(), (levels[i] + levels[i + 1]) / 2) - values.begin());
+        end = static_cast<size_t>(
+            std::upper_bound(values.begin(), values.end(), (levels[i] + levels[i + 1]) / 2) -
+            values.begin());
       }
       if (end > begin) {
         const double mean = (sums[end] - sums[begin]) / static_cast<double>(end - begin);
@@ -190,8 +195,8 @@ EOptShrinkFactors CodeEOptShrinkFactors(const double* x, int n, int d) {
   return factors;
 }
 
-bool ReadEOptShrinkFactors(std::span<const uint8_t> record, uint32_t rank, uint32_t n, uint32_t d, std::vector<float>* token,
-                           std::vector<float>* channel) {
+bool ReadEOptShrinkFactors(std::span<const uint8_t> record, uint32_t rank, uint32_t n, uint32_t d,
+                           std::vector<float>* token, std::vector<float>* channel) {
   token->assign(size_t{n} * rank, 0.0F);
   channel->assign(size_t{rank} * d, 0.0F);
   if (rank == 0) {
@@ -199,7 +204,8 @@ bool ReadEOptShrinkFactors(std::span<const uint8_t> record, uint32_t rank, uint3
   }
   bool finite = true;
   const auto fp16 = [&](size_t index) {
-    const float value = Fp16ToFloat(static_cast<uint16_t>(record[2 * index] | (record[2 * index + 1] << 8)));
+    const float value =
+        Fp16ToFloat(static_cast<uint16_t>(record[2 * index] | (record[2 * index + 1] << 8)));
     finite &= std::isfinite(value);
     return value;
   };

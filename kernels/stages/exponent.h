@@ -1,5 +1,6 @@
-// The block exponent: magnitudes are coded relative to a power of two near the block's largest, so that scaling a block by a power of two
-// changes its exponent and nothing else (proto/FORMAT.md section 5).
+// The block exponent: magnitudes are coded relative to a power of two near the block's largest, so
+// that scaling a block by a power of two changes its exponent and nothing else (proto/FORMAT.md
+// section 5).
 #pragma once
 
 #include <cmath>
@@ -28,12 +29,12 @@ KVS_FN BlockRange RangeOf(const float* x, size_t count) {
   return range;
 }
 
-// Exponent that brings a block's largest magnitude into [0.5, 1), where the format can say it: below 2^-126 it stays there. Returns 128
-// for a magnitude of 2^127 and more, which only raw blocks can hold.
+// Exponent that brings a block's largest magnitude into [0.5, 1). One that the format can't say (a
+// block of fp32 denormals, or of magnitudes of 2^127 and more) makes the block raw.
 KVS_FN int BlockExponent(float largest) {
   int exponent = 0;
   std::frexp(largest, &exponent);
-  return exponent < -126 ? -126 : exponent;
+  return exponent;
 }
 
 // 2^exponent as a product of two floats: one alone may be out of a float's range, or denormal.

@@ -5,7 +5,8 @@ namespace kvshrink::stages {
 size_t KvsFactorBytes(std::span<const FactorBits> bits, uint32_t n, uint32_t d) {
   size_t total_bits = 0;
   for (const FactorBits& component : bits) {
-    total_bits += static_cast<size_t>(component.channel) * d + static_cast<size_t>(component.token) * n;
+    total_bits +=
+        static_cast<size_t>(component.channel) * d + static_cast<size_t>(component.token) * n;
   }
   return 2 * bits.size() + (total_bits + 7) / 8;
 }
@@ -26,7 +27,8 @@ void WriteKvsFactors(std::span<const KvsComponent> components, std::vector<uint8
   }
 }
 
-void ReadKvsFactors(std::span<const uint8_t> record, uint32_t rank, uint32_t n, uint32_t d, std::vector<KvsComponent>* components) {
+void ReadKvsFactors(std::span<const uint8_t> record, uint32_t rank, uint32_t n, uint32_t d,
+                    std::vector<KvsComponent>* components) {
   components->resize(rank);
   for (uint32_t i = 0; i < rank; ++i) {
     KvsComponent& component = (*components)[i];

@@ -1,5 +1,5 @@
-// The factor record of the kvs family: coding of channel and token factors, and the solve between them. T is double in the
-// reference, float elsewhere. Format: proto/FORMAT.md section 5.4.
+// The factor record of the kvs family: coding of channel and token factors, and the solve between
+// them. T is double in the reference, float elsewhere. Format: proto/FORMAT.md section 5.4.
 #pragma once
 
 #include <array>
@@ -68,7 +68,8 @@ uint8_t CodeTokenFactor(const Rotation<T>& rotation, int bits, T* a, FactorDigit
 }
 
 template <typename T>
-void DecodeTokenFactor(const Rotation<T>& rotation, int bits, uint8_t scale, const FactorDigits& digits, T* a) {
+void DecodeTokenFactor(const Rotation<T>& rotation, int bits, uint8_t scale,
+                       const FactorDigits& digits, T* a) {
   const Codebook& codebook = FactorCodebook(bits);
   const T factor = DecodeScale8<T>(scale);
   for (size_t t = 0; t < digits.size(); ++t) {
@@ -77,9 +78,10 @@ void DecodeTokenFactor(const Rotation<T>& rotation, int bits, uint8_t scale, con
   rotation.ApplyInverse(a);
 }
 
-// Solves G w = b in place for a symmetric positive definite G of order `order` (row-major, `stride`), for `count` right-hand sides: side j,
-// entry i at b[i * b_stride + j]. G is overwritten with its Cholesky factor. A pivot below 1e-6 of its diagonal entry marks channel
-// factors that are dependent as coded; its row is dropped (solution 0).
+// Solves G w = b in place for a symmetric positive definite G of order `order` (row-major,
+// `stride`), for `count` right-hand sides: side j, entry i at b[i * b_stride + j]. G is overwritten
+// with its Cholesky factor. A pivot below 1e-6 of its diagonal entry marks channel factors that are
+// dependent as coded; its row is dropped (solution 0).
 template <typename T>
 void SolveGram(T* g, int order, int stride, T* b, size_t b_stride, size_t count) {
   std::array<T, kRankCap> inverse{};
@@ -90,7 +92,8 @@ void SolveGram(T* g, int order, int stride, T* b, size_t b_stride, size_t count)
         sum -= g[i * stride + k] * g[j * stride + k];
       }
       if (i == j) {
-        inverse[static_cast<size_t>(i)] = sum > T(1e-6) * g[i * stride + i] ? T{1} / std::sqrt(sum) : T{0};
+        inverse[static_cast<size_t>(i)] =
+            sum > T(1e-6) * g[i * stride + i] ? T{1} / std::sqrt(sum) : T{0};
       }
       g[i * stride + j] = i == j ? sum : sum * inverse[static_cast<size_t>(j)];
     }
@@ -132,6 +135,7 @@ struct KvsComponent {
 size_t KvsFactorBytes(std::span<const FactorBits> bits, uint32_t n, uint32_t d);
 void WriteKvsFactors(std::span<const KvsComponent> components, std::vector<uint8_t>* out);
 // The record has passed the checks of the shard reader.
-void ReadKvsFactors(std::span<const uint8_t> record, uint32_t rank, uint32_t n, uint32_t d, std::vector<KvsComponent>* components);
+void ReadKvsFactors(std::span<const uint8_t> record, uint32_t rank, uint32_t n, uint32_t d,
+                    std::vector<KvsComponent>* components);
 
 }  // namespace kvshrink::stages

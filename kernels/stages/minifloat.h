@@ -1,5 +1,5 @@
-// fp16, bf16 and fp8 e4m3 (OCP, no infinity) to fp32 and back: round to nearest even; finite values too large become the largest
-// finite one.
+// fp16, bf16 and fp8 e4m3 (OCP, no infinity) to fp32 and back: round to nearest even; finite values
+// too large become the largest finite one.
 #pragma once
 
 #include <bit>
@@ -40,7 +40,9 @@ KVS_FN uint16_t FloatToFp16(float value) {
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000U) >> 13));
 }
 
-KVS_FN float Bf16ToFloat(uint16_t value) { return std::bit_cast<float>(static_cast<uint32_t>(value) << 16); }
+KVS_FN float Bf16ToFloat(uint16_t value) {
+  return std::bit_cast<float>(static_cast<uint32_t>(value) << 16);
+}
 
 KVS_FN uint16_t FloatToBf16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
@@ -61,7 +63,8 @@ KVS_FN float Fp8ToFloat(uint8_t value) {
   if (Fp8IsNan(value)) {
     return std::bit_cast<float>(sign | 0x7FC00000U);
   }
-  const float magnitude = std::bit_cast<float>(static_cast<uint32_t>(value & 0x7FU) << 20) * 0x1p120F;
+  const float magnitude =
+      std::bit_cast<float>(static_cast<uint32_t>(value & 0x7FU) << 20) * 0x1p120F;
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude));
 }
 

@@ -1,5 +1,5 @@
-// Marks the functions of this folder, which run on the host and, compiled by nvcc, on the device: the arithmetic of a stage
-// lives here once, the loops around it are each backend's own.
+// Marks the functions of this folder, which run on the host and, compiled by nvcc, on the device:
+// the arithmetic of a stage lives here once, the loops around it are each backend's own.
 #pragma once
 
 #if defined(__CUDACC__)

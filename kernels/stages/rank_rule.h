@@ -1,5 +1,6 @@
-// Rank and bits of the kvs family: how many components a block gets and how many bits each of their two factors (codec rule: the
-// smallest rate-distortion cost; one component more as long as it lowers the cost of the whole block).
+// Rank and bits of the kvs family: how many components a block gets and how many bits each of their
+// two factors (codec rule: the smallest rate-distortion cost; one component more as long as it
+// lowers the cost of the whole block).
 #pragma once
 
 #include <algorithm>
@@ -24,9 +25,10 @@ struct RankChoice {
   std::array<FactorBits, kRankCap> bits{};
 };
 
-// lambda[0..count): squared singular values, descending. energy = ||X||_F^2. The block is n x d. With E the energy that is left before
-// component i, J(x, y) = ln((E - lambda_i + min(1, D_x + D_y) lambda_i) / E) + (2 ln 2 / (n d)) (x n + y d + overhead): the gain of the
-// residual at a fixed rate against the component's bits, both in nats per entry and halved alike.
+// lambda[0..count): squared singular values, descending. energy = ||X||_F^2. The block is n x d.
+// With E the energy that is left before component i, J(x, y) = ln((E - lambda_i + min(1, D_x + D_y)
+// lambda_i) / E) + (2 ln 2 / (n d)) (x n + y d + overhead): the gain of the residual at a fixed
+// rate against the component's bits, both in nats per entry and halved alike.
 template <typename T>
 RankChoice ChooseRank(const T* lambda, int count, T energy, int n, int d) {
   RankChoice choice;
@@ -41,10 +43,13 @@ RankChoice ChooseRank(const T* lambda, int count, T energy, int n, int d) {
     FactorBits best_bits;
     for (int x = kMinFactorBits; x <= kMaxFactorBits; ++x) {
       for (int y = std::max(kMinFactorBits, x - 1); y <= std::min(kMaxFactorBits, x + 2); ++y) {
-        const T distortion = static_cast<T>(FactorCodebook(x).distortion + FactorCodebook(y).distortion);
-        // A block of exact low rank leaves nothing: the ratio is kept off zero by the distortion itself.
+        const T distortion =
+            static_cast<T>(FactorCodebook(x).distortion + FactorCodebook(y).distortion);
+        // A block of exact low rank leaves nothing: the ratio is kept off zero by the distortion
+        // itself.
         const T ratio = (left - value + std::min(T{1}, distortion) * value) / left;
-        const T cost = std::log(ratio) + price * static_cast<T>(x * n + y * d + kComponentOverheadBits);
+        const T cost =
+            std::log(ratio) + price * static_cast<T>(x * n + y * d + kComponentOverheadBits);
         if (cost < best) {
           best = cost;
           best_bits = {x, y};

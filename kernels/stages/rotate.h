@@ -1,4 +1,5 @@
-// The randomised Hadamard rotation of proto/FORMAT.md section 5: orthogonal, its own inverse up to the order of the passes.
+// The randomised Hadamard rotation of proto/FORMAT.md section 5: orthogonal, its own inverse up to
+// the order of the passes.
 #pragma once
 
 #include <cmath>
@@ -31,7 +32,8 @@ KVS_FN uint32_t LargestPowerOfTwo(uint32_t length) {
   return power;
 }
 
-// Unnormalised Walsh-Hadamard transform in natural order of `count` vectors at once: entry i of vector j is x[i * stride + j].
+// Unnormalised Walsh-Hadamard transform in natural order of `count` vectors at once: entry i of
+// vector j is x[i * stride + j].
 template <typename T>
 inline void WalshHadamard(T* x, size_t length, size_t stride, size_t count) {
   for (size_t half = 1; half < length; half *= 2) {
@@ -49,11 +51,13 @@ inline void WalshHadamard(T* x, size_t length, size_t stride, size_t count) {
   }
 }
 
-// Signs and passes for one (seed, length). Applies to `count` vectors at once, laid out as in WalshHadamard.
+// Signs and passes for one (seed, length). Applies to `count` vectors at once, laid out as in
+// WalshHadamard.
 template <typename T>
 class Rotation {
  public:
-  Rotation(RotationSeed seed, uint32_t length) : length_(length), power_(LargestPowerOfTwo(length)) {
+  Rotation(RotationSeed seed, uint32_t length)
+      : length_(length), power_(LargestPowerOfTwo(length)) {
     const T scale = T{1} / std::sqrt(static_cast<T>(power_));
     first_.resize(power_);
     for (uint32_t j = 0; j < power_; ++j) {

@@ -1,5 +1,5 @@
-// Row scales of the residual: what multiplies a row's levels (proto/FORMAT.md sections 5.2 and 5.4). T is double in the reference, float
-// elsewhere.
+// Row scales of the residual: what multiplies a row's levels (proto/FORMAT.md sections 5.2
+// and 5.4). T is double in the reference, float elsewhere.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,8 @@ struct RowSums {
   }
 };
 
-// The scale that an encoder wants: kvs takes the matched norm rms(x) / rms(l), TurboQuant's is the row's own rms.
+// The scale that an encoder wants: kvs takes the matched norm rms(x) / rms(l), TurboQuant's is the
+// row's own rms.
 template <typename T>
 KVS_FN T WantedScale(Family family, const RowSums<T>& sums, uint32_t d) {
   if (family != Family::kKvs) {

@@ -32,7 +32,8 @@ KVS_FN T DecodeOffset(int offset) {
   return offset == kZeroOffset ? T{0} : std::exp2(static_cast<T>(-offset) / T{6});
 }
 
-// Offset of a row's scale below the block's. A scale under half of the smallest that can be said is nearer to zero.
+// Offset of a row's scale below the block's. A scale under half of the smallest that can be said is
+// nearer to zero.
 template <typename T>
 KVS_FN uint8_t EncodeOffset(T scale, T block_scale) {
   if (!(scale > T{0}) || !(block_scale > T{0})) {

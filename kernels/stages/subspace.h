@@ -1,5 +1,5 @@
-// Parts of the leading-subspace iteration that don't depend on how a backend multiplies (codec rule: 16 fixed probes, 3 rounds of
-// X^T (X .), orthonormalised each round, then Rayleigh-Ritz).
+// Parts of the leading-subspace iteration that don't depend on how a backend multiplies (codec
+// rule: 16 fixed probes, 3 rounds of X^T (X .), orthonormalised each round, then Rayleigh-Ritz).
 #pragma once
 
 #include <array>
@@ -16,11 +16,14 @@ inline constexpr int kSubspaceRounds = 3;
 inline constexpr uint32_t kProbeSeed = 16;  // rows of signs 16 .. 31
 
 // Start of the iteration: entry `channel` of probe `probe`, fixed for all blocks.
-KVS_FN float ProbeEntry(uint32_t probe, uint32_t channel) { return SignIsNegative(kProbeSeed + probe, channel) ? -1.0F : 1.0F; }
+KVS_FN float ProbeEntry(uint32_t probe, uint32_t channel) {
+  return SignIsNegative(kProbeSeed + probe, channel) ? -1.0F : 1.0F;
+}
 
-// One step of Cholesky-QR: from the Gram matrix g = Z^T Z of `kProbes` columns, row-major, the upper triangular w for which the columns of
-// Z w are orthonormal; a column that the earlier ones span (what is left of it is below `floor` of its square) becomes zero.
-// One step loses orthogonality by the condition of Z, a second one restores it: do it twice where it matters.
+// One step of Cholesky-QR: from the Gram matrix g = Z^T Z of `kProbes` columns, row-major, the
+// upper triangular w for which the columns of Z w are orthonormal; a column that the earlier ones
+// span (what is left of it is below `floor` of its square) becomes zero. One step loses
+// orthogonality by the condition of Z, a second one restores it: do it twice where it matters.
 KVS_FN void OrthonormalisingFactor(const double* g, double floor, double* w) {
   std::array<double, size_t{kProbes} * kProbes> r{};  // upper triangular, g = r^T r
   std::array<double, kProbes> inverse{};

@@ -25,7 +25,8 @@ inline constexpr uint32_t kMaxKvHeads = 256;
 inline constexpr uint32_t kMaxTokens = 65536;
 inline constexpr uint64_t kMaxEntries = uint64_t{1} << 28;  // of K and V of one shard together
 inline constexpr uint32_t kMaxLayer = 4095;
-inline constexpr uint32_t kMaxPosition = (uint32_t{1} << 31) - 1;  // of a token in its sequence, plus one
+inline constexpr uint32_t kMaxPosition =
+    (uint32_t{1} << 31) - 1;  // of a token in its sequence, plus one
 
 // Size of the K (or V) tensor of one layer of one chunk.
 struct TensorShape {
@@ -41,8 +42,10 @@ struct TensorShape {
 absl::Status ValidateShape(const TensorShape& shape);
 
 // Where element (token, head, channel) lies, in elements:
-//   (token / page_tokens) * page_stride + (token % page_tokens) * token_stride + head * head_stride + channel.
-// [T,H,D], [H,T,D], one half of [2,T,H*D] and the paged forms [B,N,H,D] and [B,H,N,D] are all of this kind.
+//   (token / page_tokens) * page_stride + (token % page_tokens) * token_stride + head * head_stride
+//   + channel.
+// [T,H,D], [H,T,D], one half of [2,T,H*D] and the paged forms [B,N,H,D] and [B,H,N,D] are all of
+// this kind.
 struct TensorLayout {
   uint32_t page_tokens = 0;  // 0: no pages
   uint64_t page_stride = 0;
@@ -61,10 +64,12 @@ TensorLayout LayoutHtd(const TensorShape& shape);                         // [H,
 TensorLayout LayoutBnhd(const TensorShape& shape, uint32_t page_tokens);  // [B,N,H,D]
 TensorLayout LayoutBhnd(const TensorShape& shape, uint32_t page_tokens);  // [B,H,N,D]
 
-// Elements from the first to one past the last that the layout touches for this shape; nullopt on overflow of 2^40.
+// Elements from the first to one past the last that the layout touches for this shape; nullopt on
+// overflow of 2^40.
 std::optional<uint64_t> LayoutExtent(const TensorShape& shape, const TensorLayout& layout);
 
-// Host memory. `data` points at element (0, 0, 0); no alignment is needed, rows are copied byte-wise.
+// Host memory. `data` points at element (0, 0, 0); no alignment is needed, rows are copied
+// byte-wise.
 struct ConstTensor {
   const std::byte* data = nullptr;
   DType dtype = DType::kFp16;

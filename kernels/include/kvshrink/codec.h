@@ -25,19 +25,21 @@ struct EncodeOptions {
   Profile profile = kDefaultProfile;
   uint32_t layer = 0;
   uint32_t first_token = 0;  // position of the chunk's first token in its sequence
-  // Tokens at the start of the sequence that are kept exactly (attention sinks). Rows of this chunk with a position below it.
+  // Tokens at the start of the sequence that are kept exactly (attention sinks). Rows of this chunk
+  // with a position below it.
   uint32_t raw_tokens = kDefaultRawTokens;
-  // Bound on a block's sum of squared error / sum of squares; 0 = none. A block above it gets more bits, then is kept raw.
+  // Bound on a block's sum of squared error / sum of squares; 0 = none. A block above it gets more
+  // bits, then is kept raw.
   double max_relative_error = 0;
 };
 
 // What one half (K or V) of a shard became.
 struct KindReport {
-  uint64_t bytes = 0;           // its sections, and half of what both share
-  double error_energy = 0;      // sum of squared error of what a decoder sees (fp32 output)
-  double energy = 0;            // sum of squares (finite blocks)
+  uint64_t bytes = 0;       // its sections, and half of what both share
+  double error_energy = 0;  // sum of squared error of what a decoder sees (fp32 output)
+  double energy = 0;        // sum of squares (finite blocks)
   uint32_t blocks = 0;
-  uint32_t raw_blocks = 0;      // kept exactly because not finite, over the bound, or no larger raw
+  uint32_t raw_blocks = 0;  // kept exactly because not finite, over the bound, or no larger raw
   uint32_t escalated_blocks = 0;  // got more bits than the profile's because of max_relative_error
   std::array<uint32_t, 128> rank_histogram{};
   double max_block_relative_error = 0;
@@ -62,15 +64,15 @@ enum class DecodeForm : uint8_t {
   kLowRank,  // raw rows and low-rank part only; works on previews
 };
 
-// Runs the stages of the codec on blocks. Backends are thread-safe and keep no state between blocks: a block's code depends on the
-// block and its options alone.
+// Runs the stages of the codec on blocks. Backends are thread-safe and keep no state between
+// blocks: a block's code depends on the block and its options alone.
 class Backend {
  public:
   virtual ~Backend();
   virtual std::string_view name() const = 0;
 
-  // Runs body(i) for i < count, on the backend's threads where it has some; returns when all are done. For work beside the stages
-  // (gathering, decoding block by block). `body` must not throw.
+  // Runs body(i) for i < count, on the backend's threads where it has some; returns when all are
+  // done. For work beside the stages (gathering, decoding block by block). `body` must not throw.
   virtual void ForEach(size_t count, absl::FunctionRef<void(size_t)> body) const;
 
   struct BlockInput {
@@ -92,51 +94,60 @@ class Backend {
   struct BlockSettings {
     Profile profile = kDefaultProfile;
     double max_relative_error = 0;
-    size_t raw_value_bytes = 2;  // a record that isn't smaller than this per value is refused: code kRaw
+    size_t raw_value_bytes =
+        2;  // a record that isn't smaller than this per value is refused: code kRaw
   };
 
   // The coded rows of a block as its decoder holds them before the inverse rotation:
-  // rows = token_factors (m x rank) channel_factors (rank x d) + residual (m x d), where the rows of `residual` are in the rotated
-  // basis when `rotated`. The block's exponent is applied to token_factors and residual.
+  // rows = token_factors (m x rank) channel_factors (rank x d) + residual (m x d), where the rows
+  // of `residual` are in the rotated basis when `rotated`. The block's exponent is applied to
+  // token_factors and residual.
   struct UnpackedBlock {
     uint32_t rank = 0;
     bool rotated = false;
     std::vector<float> token_factors, channel_factors, residual;
   };
 
-  // Codes a batch. A block that has to be kept exactly comes back as kRaw with empty parts; the caller copies its bytes.
+  // Codes a batch. A block that has to be kept exactly comes back as kRaw with empty parts; the
+  // caller copies its bytes.
   virtual void EncodeBlocks(const BlockSettings& settings, std::span<const BlockInput> in,
                             std::span<BlockOutput> out) const = 0;
 
-  // Checks and unpacks one block whose code is not kRaw; buffers of `out` are reused. Errors: DATA_LOSS naming the field.
-  virtual absl::Status UnpackBlock(Family family, const BlockView& block, uint32_t head_dim, DecodeForm form,
-                                   UnpackedBlock* out) const = 0;
+  // Checks and unpacks one block whose code is not kRaw; buffers of `out` are reused. Errors:
+  // DATA_LOSS naming the field.
+  virtual absl::Status UnpackBlock(Family family, const BlockView& block, uint32_t head_dim,
+                                   DecodeForm form, UnpackedBlock* out) const = 0;
 
-  // The coded rows of one block (m x d fp32, row-major) into `rows`. Errors: DATA_LOSS naming block[i] and the field.
-  // `code` of the block is not kRaw. With kLowRank the residual is left out and scales and codes aren't read.
-  virtual absl::Status DecodeBlock(Family family, const BlockView& block, uint32_t head_dim, DecodeForm form,
-                                   float* rows) const = 0;
+  // The coded rows of one block (m x d fp32, row-major) into `rows`. Errors: DATA_LOSS naming
+  // block[i] and the field. `code` of the block is not kRaw. With kLowRank the residual is left out
+  // and scales and codes aren't read.
+  virtual absl::Status DecodeBlock(Family family, const BlockView& block, uint32_t head_dim,
+                                   DecodeForm form, float* rows) const = 0;
 };
 
-// The scalar double-precision pipeline in the order of the specification: the oracle of tests. `exact` takes the eigenpairs from a
-// dense solver in place of the subspace iteration.
+// The scalar double-precision pipeline in the order of the specification: the oracle of tests.
+// `exact` takes the eigenpairs from a dense solver in place of the subspace iteration.
 std::unique_ptr<Backend> MakeReferenceBackend(bool exact = false);
 
 // What runs on CPUs. threads = 0: one per core. The result doesn't depend on it.
 std::unique_ptr<Backend> MakeCpuBackend(int threads = 0);
 
-// K and V must have equal shape and dtype. Thread-safe; allocates the result. Errors: INVALID_ARGUMENT naming the field.
-// `report` may be null.
-absl::StatusOr<std::string> EncodeShard(const Backend& backend, const ConstTensor& k, const ConstTensor& v,
-                                        const EncodeOptions& options, ShardReport* report = nullptr);
+// K and V must have equal shape and dtype. Thread-safe; allocates the result. Errors:
+// INVALID_ARGUMENT naming the field. `report` may be null.
+absl::StatusOr<std::string> EncodeShard(const Backend& backend, const ConstTensor& k,
+                                        const ConstTensor& v, const EncodeOptions& options,
+                                        ShardReport* report = nullptr);
 
-// Decodes into k and v, whose shape must be the shard's; dtype and layout are free (round to nearest even; finite values that are
-// too large become the largest finite one). Raw rows and blocks are bit-exact when the dtype is the shard's. On an error the
-// outputs hold unspecified values. Errors: INVALID_ARGUMENT (outputs), DATA_LOSS (shard).
-absl::Status DecodeShard(const Backend& backend, const Shard& shard, DecodeForm form, const MutableTensor& k,
-                         const MutableTensor& v);
+// Decodes into k and v, whose shape must be the shard's; dtype and layout are free (round to
+// nearest even; finite values that are too large become the largest finite one). Raw rows and
+// blocks are bit-exact when the dtype is the shard's. On an error the outputs hold unspecified
+// values. Errors: INVALID_ARGUMENT (outputs), DATA_LOSS (shard).
+absl::Status DecodeShard(const Backend& backend, const Shard& shard, DecodeForm form,
+                         const MutableTensor& k, const MutableTensor& v);
 
-// Measures a shard against its source tensors: the decoder's own view of the report (tests, `kvshrink eval`).
-absl::StatusOr<ShardReport> MeasureShard(const Backend& backend, const Shard& shard, const ConstTensor& k, const ConstTensor& v);
+// Measures a shard against its source tensors: the decoder's own view of the report (tests,
+// `kvshrink eval`).
+absl::StatusOr<ShardReport> MeasureShard(const Backend& backend, const Shard& shard,
+                                         const ConstTensor& k, const ConstTensor& v);
 
 }  // namespace kvshrink

@@ -15,8 +15,8 @@ absl::Status BadArgument(std::string_view field, const Value& value, std::string
   return absl::InvalidArgumentError(StrCat("field '", field, "' is ", value, ": ", rule));
 }
 
-// A value found in the bytes of a shard. The caller decides whether the bytes were an argument (then it turns the code into
-// INVALID_ARGUMENT) or came from a store.
+// A value found in the bytes of a shard. The caller decides whether the bytes were an argument
+// (then it turns the code into INVALID_ARGUMENT) or came from a store.
 template <typename Value>
 absl::Status BadShard(std::string_view field, const Value& value, std::string_view rule) {
   return absl::DataLossError(StrCat("shard field '", field, "' is ", value, ": ", rule));

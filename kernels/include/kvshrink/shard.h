@@ -1,4 +1,5 @@
-// Reading the structure of a shard: header, index, where each block's parts lie. Format: proto/FORMAT.md.
+// Reading the structure of a shard: header, index, where each block's parts lie. Format:
+// proto/FORMAT.md.
 #pragma once
 
 #include <cstddef>
@@ -70,15 +71,16 @@ enum class Extent : uint8_t {
 // A checked view of a shard. Does not own `bytes`, which must outlive it.
 class Shard {
  public:
-  // Runs every check of FORMAT.md section 6 up to the factor records (what a block's decoder checks is left to it). Allocates
-  // only a table whose size the given bytes bound. Errors: DATA_LOSS naming the field.
+  // Runs every check of FORMAT.md section 6 up to the factor records (what a block's decoder checks
+  // is left to it). Allocates only a table whose size the given bytes bound. Errors: DATA_LOSS
+  // naming the field.
   static absl::StatusOr<Shard> Parse(std::string_view bytes, Extent extent = Extent::kWhole);
 
   const ShardHeader& header() const { return header_; }
   bool preview() const { return preview_; }  // SCALES and CODES are not there
   std::span<const BlockView> blocks() const { return blocks_; }
   const BlockView& block(Kind kind, uint32_t head, uint32_t index) const;
-  size_t bytes() const { return bytes_; }           // of the byte string given
+  size_t bytes() const { return bytes_; }                  // of the byte string given
   size_t preview_bytes() const { return preview_bytes_; }  // length of its preview
   size_t shared_bytes() const { return shared_bytes_; }    // header, extensions and index
 

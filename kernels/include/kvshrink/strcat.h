@@ -1,4 +1,5 @@
-// absl::StrCat for std::string_view too: where Abseil was built for C++14, as Debian's is, its own string_view is another type.
+// absl::StrCat for std::string_view too: where Abseil was built for C++14, as Debian's is, its own
+// string_view is another type.
 #pragma once
 
 #include <string>

@@ -1,5 +1,6 @@
 #include "gather.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "stages/minifloat.h"
@@ -50,7 +51,8 @@ auto* RowAt(const Tensor& tensor, const RowRange& range, uint32_t row) {
 void ToFloats(const void* values, DType dtype, size_t count, float* floats) {
   switch (dtype) {
     case DType::kFp32:
-      std::memcpy(floats, values, count * sizeof(float));
+      std::copy_n(static_cast<const std::byte*>(values), count * sizeof(float),
+                  reinterpret_cast<std::byte*>(floats));
       return;
     case DType::kFp16:
       return ConvertFrom<uint16_t, stages::Fp16ToFloat>(values, count, floats);

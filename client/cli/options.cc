@@ -1,0 +1,131 @@
+#include "options.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "kvshrink/client/chunk_keys.h"
+#include "kvshrink/client/status.h"
+
+namespace kvshrink::cli {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+
+std::string ProfileNames() {
+  std::string names;
+  for (const ProfileInfo& info : AllProfiles()) {
+    names += StrCat(names.empty() ? "" : ", ", info.name);
+  }
+  return names;
+}
+
+std::string CheckHostPort(const std::string& server) {
+  const size_t colon = server.rfind(':');
+  const bool unix_socket = server.rfind("unix:", 0) == 0;
+  if (unix_socket || (colon != std::string::npos && colon > 0 && colon + 1 < server.size())) {
+    return "";
+  }
+  return StrCat("'", server, "' must be host:port or unix:path");
+}
+
+}  // namespace
+
+void ServerArguments::Add(CLI::App* command) {
+  command->add_option("--server", options.server, "address of kvshrinkd, host:port")
+      ->envname("KVSHRINK_SERVER")
+      ->capture_default_str()
+      ->check(CLI::Validator(CheckHostPort, "HOST:PORT"));
+  command
+      ->add_option_function<int64_t>(
+          "--timeout-ms",
+          [this](const int64_t& value) {
+            options.call_timeout_ms = value;
+            options.idle_timeout_ms = value;
+          },
+          "how long to wait for an answer, or for progress on a stream")
+      ->check(CLI::Range(int64_t{1}, int64_t{24} * 3600 * 1000));
+}
+
+absl::StatusOr<std::unique_ptr<client::Remote>> ServerArguments::Connect() const {
+  return client::Remote::Create(options);
+}
+
+void PrefixArguments::Add(CLI::App* command, bool required) {
+  const auto check = [](auto checker, const char* name) {
+    return CLI::Validator(
+        [checker](const std::string& value) {
+          const absl::Status status = checker(value);
+          return status.ok() ? std::string() : std::string(status.message());
+        },
+        name);
+  };
+  command->add_option("--namespace", name_space, "model, revision, dtype, rank: one name")
+      ->required(required)
+      ->check(check(client::CheckNamespace, "NAME"));
+  command->add_option("--prefix", prefix, "of the chunks' keys: <prefix>/<index>")
+      ->required(required)
+      ->check(check(client::CheckPrefix, "KEY"));
+}
+
+void BackendArguments::AddThreads(CLI::App* command) {
+  command->add_option("--threads", threads, "0 = one per core")
+      ->capture_default_str()
+      ->check(CLI::Range(0, kMaxThreads));
+}
+
+void BackendArguments::AddBackend(CLI::App* command) {
+  command->add_option("--backend", name, "cpu, or reference: scalar and double, slow")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"cpu", "reference"}));
+}
+
+std::unique_ptr<Backend> BackendArguments::Make() const {
+  return name == "reference" ? MakeReferenceBackend() : MakeCpuBackend(threads);
+}
+
+void CodingArguments::Add(CLI::App* command) {
+  command->add_option("--chunk-tokens", settings.chunk_tokens, "tokens of a chunk")
+      ->capture_default_str()
+      ->check(CLI::Range(1U, kMaxTokens));
+  command->add_option_function<uint32_t>(
+      "--raw-tokens", [this](const uint32_t& value) { settings.raw_tokens = value; },
+      StrCat("first tokens that are kept exactly (default: the trace's, else ", kDefaultRawTokens,
+             ")"));
+  command
+      ->add_option("--max-relative-error", settings.max_relative_error,
+                   "bound on a block's sum of squared error / sum of squares; 0 = none")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, std::numeric_limits<double>::max()));
+}
+
+void CodingArguments::AddProfile(CLI::App* command) {
+  profile_ = GetProfileInfo(kDefaultProfile).name;
+  command
+      ->add_option_function<std::string>(
+          "--profile",
+          [this](const std::string& name) { settings.profile = *ProfileFromName(name); },
+          StrCat("one of ", ProfileNames()))
+      ->default_str(profile_)
+      ->check(CLI::Validator(CheckProfile, "PROFILE"));
+}
+
+void AddDtype(CLI::App* command, std::optional<DType>* dtype, const std::string& description) {
+  command
+      ->add_option_function<std::string>(
+          "--dtype", [dtype](const std::string& name) { *dtype = DTypeFromName(name); },
+          description)
+      ->check(CLI::IsMember({"fp32", "fp16", "bf16", "fp8_e4m3"}));
+}
+
+std::string CheckProfile(const std::string& name) {
+  return ProfileFromName(name)
+             ? ""
+             : StrCat("profile '", name, "' is unknown: must be one of ", ProfileNames());
+}
+
+bool EndsWith(const std::string& text, const std::string& ending) {
+  return text.size() >= ending.size() &&
+         text.compare(text.size() - ending.size(), ending.size(), ending) == 0;
+}
+
+}  // namespace kvshrink::cli

@@ -1,4 +1,6 @@
 // Lookup, leases, eviction: what goes when room is short, and what may not.
+#include <limits>
+
 #include "store_test_support.h"
 
 namespace kvshrink::store {

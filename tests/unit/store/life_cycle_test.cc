@@ -1,6 +1,10 @@
 // Put, Commit, Get, Stat, Delete: the rules that hold with and without a disk tier.
+#include <bit>
 #include <limits>
+#include <utility>
 
+#include "store/byte_code.h"
+#include "store/chunk_record.h"
 #include "store_test_support.h"
 
 namespace kvshrink::store {
@@ -134,6 +138,50 @@ TEST_P(LifeCycle, OtherBytesUnderAKeyAreRefused) {
                         StatusCode::kAlreadyExists));
   }
   EXPECT_TRUE(IsWhole(store_.get(), Key("a"), 2, kSize));
+}
+
+// Two shards of 16 bytes with one XXH64: the second half is chosen so that it undoes what the other
+// first half did.
+std::pair<std::string, std::string> CollidingShards() {
+  constexpr uint64_t kP1 = 0x9E3779B185EBCA87, kP2 = 0xC2B2AE3D27D4EB4F;
+  constexpr uint64_t kP4 = 0x85EBCA77C2B2AE63, kP5 = 0x27D4EB2F165667C5;
+  const auto inverse = [](uint64_t odd) {
+    uint64_t x = odd;
+    for (int i = 0; i < 6; ++i) x *= 2 - odd * x;
+    return x;
+  };
+  const auto mix = [](uint64_t lane) { return std::rotl(lane * kP2, 31) * kP1; };
+  const auto unmix = [&](uint64_t x) { return std::rotr(x * inverse(kP1), 31) * inverse(kP2); };
+  const auto after = [&](uint64_t first) {
+    return std::rotl((kP5 + 16) ^ mix(first), 27) * kP1 + kP4;
+  };
+  const uint64_t first = 1, second = 2, other = 3;
+  const uint64_t balance = unmix(after(other) ^ after(first) ^ mix(second));
+  std::pair<std::string, std::string> shards;
+  AppendLittleEndian(&shards.first, first);
+  AppendLittleEndian(&shards.first, second);
+  AppendLittleEndian(&shards.second, other);
+  AppendLittleEndian(&shards.second, balance);
+  return shards;
+}
+
+TEST_P(LifeCycle, EqualChecksumsAreNoProof) {
+  const auto [one, other] = CollidingShards();
+  ASSERT_NE(one, other);
+  ASSERT_EQ(Checksum(one), Checksum(other));
+  ASSERT_TRUE(PutShard(store_.get(), Key("a"), 1, 0, one).ok());
+  EXPECT_TRUE(
+      HasCode(PutShard(store_.get(), Key("a"), 1, 0, other).status(), StatusCode::kAlreadyExists));
+  ASSERT_TRUE(store_->Commit(Key("a")).ok());
+  EXPECT_TRUE(
+      HasCode(PutShard(store_.get(), Key("a"), 1, 0, other).status(), StatusCode::kAlreadyExists));
+  if (GetParam()) {  // and when the bytes to compare with must come from disk
+    store_.reset();
+    store_ = OpenStore(options_);
+    EXPECT_TRUE(HasCode(PutShard(store_.get(), Key("a"), 1, 0, other).status(),
+                        StatusCode::kAlreadyExists));
+  }
+  EXPECT_EQ(*store_->Get(Key("a"), 0)->bytes, one);
 }
 
 TEST_P(LifeCycle, LayersMustAgree) {

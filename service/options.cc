@@ -32,9 +32,15 @@ CLI::Option* Add(CLI::App& app, const std::string& flag, Value& value, const std
   return app.add_option(flag, value, help)->envname(EnvironmentName(flag))->capture_default_str();
 }
 
+// CLI11 reads "-5" as 2^64 - 5.
+std::string RefuseSign(const std::string& text) {
+  return text.starts_with('-') ? absl::StrCat("Value ", text, " is negative") : "";
+}
+
 void AddSize(CLI::App& app, const std::string& flag, uint64_t& bytes, const std::string& help) {
   Add(app, flag, bytes, help)
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+      ->transform(CLI::Validator(RefuseSign, "", "sign"))  // added last, runs first
       ->type_name("SIZE")
       ->default_str(absl::StrCat(bytes >> 20, "MiB"));
 }

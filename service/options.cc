@@ -1,8 +1,10 @@
 #include "service/options.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
@@ -74,6 +76,29 @@ void AddFlags(CLI::App& app, Options& options) {
       "file that gets {\"listen\": ..., \"http\": ...} once the daemon serves");
 }
 
+bool Given(const std::vector<std::string>& args, const std::string& flag) {
+  return std::any_of(args.begin(), args.end(), [&flag](const std::string& arg) {
+    return arg == flag || arg.starts_with(flag + "=");
+  });
+}
+
+// Adds the flags that the environment sets and the command line doesn't. CLI11 would do so by
+// itself, but rank the environment below the config file. An empty variable counts as not set,
+// but for the flags to which empty means something.
+void AddEnvironment(const CLI::App& app, std::vector<std::string>& args) {
+  std::vector<std::string> added;
+  for (const CLI::Option* option : app.get_options()) {
+    const std::string name = option->get_envname();
+    const char* value = name.empty() ? nullptr : std::getenv(name.c_str());
+    const std::string flag = option->get_name();
+    const bool may_be_empty = flag == "--http" || flag == "--data-dir";
+    if (value != nullptr && (*value != '\0' || may_be_empty) && !Given(args, flag)) {
+      added.insert(added.end(), {flag, value});
+    }
+  }
+  args.insert(args.begin(), added.begin(), added.end());
+}
+
 std::string FirstLine(std::string_view text) {
   return std::string(text.substr(0, text.find('\n')));
 }
@@ -89,8 +114,11 @@ std::variant<Options, EarlyExit> ParseOptions(int argc, const char* const* argv)
       ->envname("KVSHRINK_CONFIG");
   app.allow_config_extras(false);
   AddFlags(app, options);
+  std::vector<std::string> args(argv + 1, argv + argc);
+  AddEnvironment(app, args);
+  std::reverse(args.begin(), args.end());  // the order in which CLI11 takes a vector
   try {
-    app.parse(argc, argv);
+    app.parse(std::move(args));
   } catch (const CLI::CallForHelp&) {
     return EarlyExit{0, app.help()};
   } catch (const CLI::CallForVersion&) {

@@ -182,8 +182,10 @@ void GetStream::RunNext() {
 GetStream::Answer GetStream::Next(Progress& progress) {
   const v1::ChunkId& id = progress.request.chunks(progress.chunk);
   absl::Status status = FindLayers(progress);
-  absl::StatusOr<Answer> answer = status;
-  if (status.ok()) {
+  absl::StatusOr<Answer> answer = Answer();
+  if (!status.ok()) {
+    answer = status;
+  } else {
     const uint32_t layer = progress.layers[progress.layer];
     answer = Load(progress, *ToChunkKey(tenant_, id, "chunk"), layer);
   }

@@ -85,13 +85,13 @@ class ObjectStream : public BidiStream<Request, Response> {
     if (this->env_.draining) {
       return absl::UnavailableError("the daemon is draining");
     }
-    if (body_bytes == 0 || body_bytes > this->env_.max_object_bytes) {
-      return BadArgument("body_bytes", body_bytes,
-                         StrCat("must be 1..", this->env_.max_object_bytes));
-    }
     absl::StatusOr<Accepted<Details>> accepted = Check(header);
     if (!accepted.ok()) {
       return accepted.status();
+    }
+    if (body_bytes == 0 || body_bytes > this->env_.max_object_bytes) {
+      return BadArgument("body_bytes", body_bytes,
+                         StrCat("must be 1..", this->env_.max_object_bytes));
     }
     absl::StatusOr<Ticket> ticket = this->env_.admission->Admit(accepted->charge_bytes);
     if (!ticket.ok()) {

@@ -26,13 +26,14 @@ Stream* Open(Environment& env, grpc::CallbackServerContext* context) {
 // What a client's retry policy reads (gRPC retry design, "server pushback").
 constexpr char kPushbackKey[] = "grpc-retry-pushback-ms";
 
-void Finish(Environment& env, grpc::CallbackServerContext* context, std::string_view rpc,
-            const absl::Status& status) {
+// A context has one default reactor and gives it out once.
+void Finish(Environment& env, grpc::CallbackServerContext* context,
+            grpc::ServerUnaryReactor* reactor, std::string_view rpc, const absl::Status& status) {
   if (absl::IsResourceExhausted(status)) {
     context->AddTrailingMetadata(kPushbackKey, std::to_string(env.admission->retry_after_ms()));
   }
   env.metrics->RequestDone(rpc, status.code());
-  context->DefaultReactor()->Finish(ToGrpc(status));
+  reactor->Finish(ToGrpc(status));
 }
 
 // Answers on an executor's thread, since all of these may wait for the store. A place in the
@@ -40,23 +41,26 @@ void Finish(Environment& env, grpc::CallbackServerContext* context, std::string_
 grpc::ServerUnaryReactor* Answer(Environment& env, grpc::CallbackServerContext* context,
                                  std::string_view rpc, absl::AnyInvocable<absl::Status()> body) {
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  const auto finish = [&env, context, reactor, rpc](const absl::Status& status) {
+    Finish(env, context, reactor, rpc, status);
+  };
   if (env.draining) {
-    Finish(env, context, rpc, absl::UnavailableError("the daemon is draining"));
+    finish(absl::UnavailableError("the daemon is draining"));
     return reactor;
   }
   absl::StatusOr<Ticket> ticket = env.admission->Admit(0);
   if (!ticket.ok()) {
-    Finish(env, context, rpc, ticket.status());
+    finish(ticket.status());
     return reactor;
   }
-  const bool taken = env.executor->Submit(
-      [&env, context, rpc, body = std::move(body), held = *std::move(ticket)]() mutable {
+  const bool taken =
+      env.executor->Submit([finish, body = std::move(body), held = *std::move(ticket)]() mutable {
         const absl::Status status = body();
-        const Ticket until_here = std::move(held);
-        Finish(env, context, rpc, status);
+        held = Ticket();  // a client that has its answer finds its place free
+        finish(status);
       });
   if (!taken) {
-    Finish(env, context, rpc, absl::ResourceExhaustedError("the queue of jobs is full"));
+    finish(absl::ResourceExhaustedError("the queue of jobs is full"));
   }
   return reactor;
 }
@@ -145,9 +149,10 @@ grpc::ServerUnaryReactor* Service::List(grpc::CallbackServerContext* context,
 grpc::ServerUnaryReactor* Service::ServerInfo(grpc::CallbackServerContext* context,
                                               const v1::ServerInfoRequest* /*request*/,
                                               v1::ServerInfoResponse* response) {
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
   FillServerInfo(env_, response);
-  Finish(env_, context, "ServerInfo", absl::OkStatus());
-  return context->DefaultReactor();
+  Finish(env_, context, reactor, "ServerInfo", absl::OkStatus());
+  return reactor;
 }
 
 }  // namespace kvshrink::service

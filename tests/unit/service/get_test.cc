@@ -319,7 +319,7 @@ TEST(Get, TheFirstLayerIsOnItsWayBeforeTheLastIsRead) {
 
 TEST(Get, IsRefusedWhenTheBudgetIsFull) {
   Options options = TestOptions();
-  options.inflight_bytes = 80'000;
+  options.inflight_bytes = 70'000;
   Daemon daemon(options);
   PutChunk(daemon, "a", 1, 10);
   EXPECT_EQ(Get(daemon, Request({"a"}, v1::GET_FORM_SHARD))[0].header.status().code(), 0);

@@ -45,7 +45,8 @@ class OptionsTest : public ::testing::Test {
  protected:
   void SetUp() override {
     setenv("XDG_DATA_HOME", "/data-home", 1);
-    for (const char* name : {"KVSHRINK_LISTEN", "KVSHRINK_HOST_BYTES", "KVSHRINK_CONFIG"}) {
+    for (const char* name :
+         {"KVSHRINK_LISTEN", "KVSHRINK_HOST_BYTES", "KVSHRINK_CONFIG", "KVSHRINK_DATA_DIR"}) {
       unsetenv(name);
     }
   }
@@ -91,6 +92,12 @@ TEST_F(OptionsTest, ConfigThenEnvironmentThenFlags) {
   setenv("KVSHRINK_HOST_BYTES", "32MiB", 1);
   options = Good({"--config", path.c_str(), "--listen", "127.0.0.1:3"});
   EXPECT_EQ(options.listen, "127.0.0.1:3");
+  EXPECT_EQ(options.host_bytes, uint64_t{32} << 20);
+  setenv("KVSHRINK_DATA_DIR", "", 1);
+  setenv("KVSHRINK_CONFIG", path.c_str(), 1);
+  options = Good({});
+  EXPECT_EQ(options.data_dir, "");
+  EXPECT_EQ(options.drain_timeout_s, 7);
   EXPECT_EQ(options.host_bytes, uint64_t{32} << 20);
   setenv("KVSHRINK_HOST_BYTES", "much", 1);
   EXPECT_EQ(Bad({}).code, 2);

@@ -96,9 +96,7 @@ void EncodeBlock(const Backend::BlockSettings& settings, const Backend::BlockInp
   const float* coded = in.rows + in.raw_rows * d;
   const size_t count = (in.n - in.raw_rows) * d;
   const stages::BlockRange range = stages::RangeOf(coded, count);
-  for (size_t i = 0; i < count && range.finite; ++i) {
-    out->energy += static_cast<double>(coded[i]) * static_cast<double>(coded[i]);
-  }
+  out->energy = range.finite ? stages::SumOfSquares(coded, count) : 0;
   if (count == 0 || (range.largest == 0 && range.finite && family != Family::kRaw)) {
     return;  // all zero
   }

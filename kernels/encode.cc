@@ -7,6 +7,7 @@
 #include "gather.h"
 #include "kvshrink/codec.h"
 #include "kvshrink/error.h"
+#include "stages/exponent.h"
 
 namespace kvshrink {
 namespace {
@@ -51,14 +52,6 @@ absl::Status CheckArguments(const ConstTensor& k, const ConstTensor& v,
                        "must be finite and not negative");
   }
   return absl::OkStatus();
-}
-
-double SumOfSquares(const float* values, size_t count) {
-  double sum = 0;
-  for (size_t i = 0; i < count; ++i) {
-    sum += static_cast<double>(values[i]) * static_cast<double>(values[i]);
-  }
-  return sum;
 }
 
 // Encodes the blocks of a shard batch by batch.
@@ -108,7 +101,7 @@ class ShardEncoder {
       const BlockView& place = places_[first + i];
       float* rows = rows_.data() + i * kBlockTokens * d;
       GatherRows(TensorOf(place), {place.head, place.first_row, place.rows}, rows);
-      energy_[first + i] = SumOfSquares(rows, place.rows * d);
+      energy_[first + i] = stages::SumOfSquares(rows, place.rows * d);
       inputs_[i] = {rows, place.rows, header_.shape.head_dim, place.raw_rows};
     });
     backend_.EncodeBlocks(settings_, inputs_, outputs_);

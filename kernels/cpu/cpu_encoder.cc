@@ -40,11 +40,10 @@ void CpuStages::Load(const Backend::BlockInput& in, int exponent) {
   m_ = in.n - in.raw_rows;
   x_.assign(size_t{n_} * d_, 0.0F);
   const stages::PowerOfTwo down(-exponent);
-  energy_ = 0;
   for (size_t i = size_t{raw_rows_} * d_; i < x_.size(); ++i) {
     x_[i] = down.Times(in.rows[i]);
-    energy_ += static_cast<double>(x_[i]) * static_cast<double>(x_[i]);
   }
+  energy_ = stages::SumOfSquares(x_.data(), x_.size());
   error_target_.clear();
 }
 

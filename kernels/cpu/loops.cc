@@ -103,26 +103,54 @@ void AddLowRank(const float* token, size_t token_stride, const float* channel, s
   }
 }
 
-HWY_INLINE void Butterflies(float* x, size_t length) {
-  const Wide tag;
+#if HWY_TARGET == HWY_SCALAR
+HWY_INLINE void Butterflies(float* x, size_t length) { stages::WalshHadamard(x, length, 1, 1); }
+#else
+// One stage of the transform on vectors that lie whole in each half.
+template <class Tag>
+HWY_INLINE void WideStage(Tag tag, float* x, size_t length, size_t half) {
   const size_t lanes = hn::Lanes(tag);
-  for (size_t half = 1; half < length; half *= 2) {
-    for (size_t start = 0; start < length; start += 2 * half) {
-      size_t i = start;
-      for (; half >= lanes && i < start + half; i += lanes) {
-        const auto a = hn::LoadU(tag, x + i);
-        const auto b = hn::LoadU(tag, x + i + half);
-        hn::StoreU(hn::Add(a, b), tag, x + i);
-        hn::StoreU(hn::Sub(a, b), tag, x + i + half);
-      }
-      for (; i < start + half; ++i) {
-        const float sum = x[i] + x[i + half];
-        x[i + half] = x[i] - x[i + half];
-        x[i] = sum;
-      }
+  for (size_t start = 0; start < length; start += 2 * half) {
+    for (size_t i = start; i < start + half; i += lanes) {
+      const auto a = hn::LoadU(tag, x + i);
+      const auto b = hn::LoadU(tag, x + i + half);
+      hn::StoreU(hn::Add(a, b), tag, x + i);
+      hn::StoreU(hn::Sub(a, b), tag, x + i + half);
     }
   }
 }
+
+// Stages 1 and 2 inside each group of four: sums in the lower places, differences in the upper.
+HWY_INLINE void GroupStages(float* x, size_t length) {
+  const hn::CappedTag<float, 4> tag;
+  alignas(16) static constexpr float kOdd[4] = {1, -1, 1, -1};
+  alignas(16) static constexpr float kUpper[4] = {1, 1, -1, -1};
+  const auto odd = hn::Load(tag, kOdd);
+  const auto upper = hn::Load(tag, kUpper);
+  for (size_t i = 0; i < length; i += 4) {
+    auto v = hn::LoadU(tag, x + i);
+    v = hn::MulAdd(v, odd, hn::Shuffle2301(v));
+    v = hn::MulAdd(v, upper, hn::Shuffle1032(v));
+    hn::StoreU(v, tag, x + i);
+  }
+}
+
+HWY_INLINE void Butterflies(float* x, size_t length) {
+  if (length < 4) {
+    stages::WalshHadamard(x, length, 1, 1);
+    return;
+  }
+  GroupStages(x, length);
+  const Wide wide;
+  for (size_t half = 4; half < length; half *= 2) {
+    if (half >= hn::Lanes(wide)) {
+      WideStage(wide, x, length, half);
+    } else {
+      WideStage(hn::CappedTag<float, 4>(), x, length, half);
+    }
+  }
+}
+#endif
 
 HWY_INLINE void ApplySigns(const float* signs, size_t length, float* x) {
   for (size_t i = 0; i < length; ++i) {

@@ -28,7 +28,9 @@ struct GroupTable {
 };
 
 constexpr GroupTable<3, 5> kTernaryGroups;
+constexpr GroupTable<4, 4> kQuaternaryGroups;
 constexpr GroupTable<6, 3> kSenaryGroups;
+constexpr GroupTable<16, 2> kHexGroups;
 
 template <int kLevels, int kDigits>
 bool UnpackByteGroups(const GroupTable<kLevels, kDigits>& table, std::span<const uint8_t> bytes,
@@ -74,8 +76,14 @@ bool UnpackDigits(BlockCode code, std::span<const uint8_t> bytes, std::span<uint
   if (code == BlockCode::kLevels3) {
     return UnpackByteGroups(kTernaryGroups, bytes, digits);
   }
+  if (code == BlockCode::kLevels4) {
+    return UnpackByteGroups(kQuaternaryGroups, bytes, digits);
+  }
   if (code == BlockCode::kLevels6) {
     return UnpackByteGroups(kSenaryGroups, bytes, digits);
+  }
+  if (code == BlockCode::kLevels16) {
+    return UnpackByteGroups(kHexGroups, bytes, digits);
   }
   const Grouping grouping = GroupingOf(code);
   const auto levels = static_cast<uint32_t>(CodebookOf(code)->levels);

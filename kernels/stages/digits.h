@@ -67,7 +67,8 @@ class BitReader {
   int filled_ = 0;
 };
 
-// How an alphabet's digits are grouped: `digits` digits in a field of `bits` bits.
+// How an alphabet's digits are grouped: `digits` digits in a field of `bits` bits. (Digits of two
+// and four bits are grouped to bytes: the same bit string, written faster.)
 struct Grouping {
   int digits = 1;
   int bits = 0;
@@ -82,11 +83,11 @@ constexpr Grouping GroupingOf(BlockCode code) {
     case BlockCode::kLevels12:
       return {5, 18};
     case BlockCode::kLevels4:
-      return {1, 2};
+      return {4, 8};
     case BlockCode::kLevels8:
       return {1, 3};
     case BlockCode::kLevels16:
-      return {1, 4};
+      return {2, 8};
     default:
       return {1, 0};
   }

@@ -1,0 +1,576 @@
+// The client's calls against a server that a test scripts: refusals, silence, and peers that break
+// the protocol.
+#include "kvshrink/client/remote.h"
+
+#include <gmock/gmock.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace kvshrink::client {
+namespace {
+
+using ::testing::HasSubstr;
+using PutServerStream = grpc::ServerReaderWriter<v1::PutResponse, v1::PutRequest>;
+using GetServerStream = grpc::ServerReaderWriter<v1::GetResponse, v1::GetRequest>;
+using AttendServerStream = grpc::ServerReaderWriter<v1::AttendResponse, v1::AttendRequest>;
+
+// A server whose answers are the test's.
+class ScriptedService : public v1::KVShrink::Service {
+ public:
+  std::function<grpc::Status(grpc::ServerContext*, PutServerStream*)> put;
+  std::function<grpc::Status(grpc::ServerContext*, GetServerStream*)> get;
+  std::function<grpc::Status(grpc::ServerContext*, AttendServerStream*)> attend;
+  std::function<grpc::Status(grpc::ServerContext*, v1::ServerInfoResponse*)> info;
+  std::function<void(const v1::CommitRequest&, v1::CommitResponse*)> commit;
+  std::function<void(const v1::ListRequest&, v1::ListResponse*)> list;
+
+  grpc::Status Put(grpc::ServerContext* context, PutServerStream* stream) override {
+    return put(context, stream);
+  }
+  grpc::Status Get(grpc::ServerContext* context, GetServerStream* stream) override {
+    return get(context, stream);
+  }
+  grpc::Status Attend(grpc::ServerContext* context, AttendServerStream* stream) override {
+    return attend(context, stream);
+  }
+  grpc::Status ServerInfo(grpc::ServerContext* context, const v1::ServerInfoRequest*,
+                          v1::ServerInfoResponse* response) override {
+    return info(context, response);
+  }
+  grpc::Status Commit(grpc::ServerContext*, const v1::CommitRequest* request,
+                      v1::CommitResponse* response) override {
+    commit(*request, response);
+    return grpc::Status::OK;
+  }
+  grpc::Status List(grpc::ServerContext*, const v1::ListRequest* request,
+                    v1::ListResponse* response) override {
+    list(*request, response);
+    return grpc::Status::OK;
+  }
+};
+
+class RemoteTest : public ::testing::Test {
+ protected:
+  RemoteTest() {
+    int port = 0;
+    grpc::ServerBuilder builder;
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    builder.RegisterService(&service_);
+    server_ = builder.BuildAndStart();
+    options_.server = "127.0.0.1:" + std::to_string(port);
+    options_.idle_timeout_ms = 10'000;
+  }
+  ~RemoteTest() override { server_->Shutdown(std::chrono::system_clock::now()); }
+
+  std::unique_ptr<Remote> Connect() { return *Remote::Create(options_); }
+
+  ScriptedService service_;
+  std::unique_ptr<grpc::Server> server_;
+  RemoteOptions options_;
+};
+
+// Reads objects and hands each to `take` when its body is there.
+grpc::Status ServeObjects(
+    PutServerStream* stream,
+    const std::function<void(const v1::PutHeader&, const std::string&)>& take) {
+  v1::PutRequest message;
+  v1::PutHeader header;
+  std::string body;
+  while (stream->Read(&message)) {
+    if (message.has_header()) {
+      header = message.header();
+      body.clear();
+    } else {
+      EXPECT_FALSE(message.frame().empty());
+      EXPECT_LE(message.frame().size(), kMaxFrameBytes);
+      body += message.frame();
+    }
+    if (body.size() == header.body_bytes()) {
+      take(header, body);
+    }
+  }
+  return grpc::Status::OK;
+}
+
+void Answer(PutServerStream* stream, uint64_t object_id, int code = 0,
+            uint32_t retry_after_ms = 0) {
+  v1::PutResponse response;
+  response.set_object_id(object_id);
+  response.mutable_status()->set_code(code);
+  response.mutable_status()->set_retry_after_ms(retry_after_ms);
+  stream->Write(response);
+}
+
+PutObject MakeObject(uint32_t layer, const std::string& body) {
+  PutObject object;
+  object.header.set_layer(layer);
+  object.owned = std::make_shared<const std::string>(body);
+  object.parts = {*object.owned};
+  return object;
+}
+
+TEST_F(RemoteTest, PutSendsBodiesInFramesAndGivesEveryAnswer) {
+  std::map<uint32_t, std::string> stored;
+  service_.put = [&](grpc::ServerContext*, PutServerStream* stream) {
+    return ServeObjects(stream, [&](const v1::PutHeader& header, const std::string& body) {
+      stored[header.layer()] = body;
+      Answer(stream, header.object_id());
+    });
+  };
+  const auto remote = Connect();
+  std::map<uint32_t, int> answers;
+  const auto stream = remote->Put([&](const PutObject& object, const v1::PutResponse& answer) {
+    EXPECT_EQ(answer.status().code(), 0);
+    ++answers[object.header.layer()];
+  });
+  const std::string large((5 << 20) / 2 + 3, 'l');
+  PutObject two_parts = MakeObject(1, large);
+  two_parts.parts = {std::string_view(large).substr(0, 7), std::string_view(large).substr(7)};
+  ASSERT_TRUE(stream->Send(MakeObject(0, "small")).ok());
+  ASSERT_TRUE(stream->Send(std::move(two_parts)).ok());
+  const absl::Status finished = stream->Finish();
+  ASSERT_TRUE(finished.ok()) << finished;
+  EXPECT_EQ(stored[0], "small");
+  EXPECT_EQ(stored[1], large);
+  EXPECT_EQ(answers, (std::map<uint32_t, int>{{0, 1}, {1, 1}}));
+  EXPECT_GT(stream->wire_bytes(), large.size());
+  EXPECT_LT(stream->wire_bytes(), large.size() + 300);
+}
+
+TEST_F(RemoteTest, PutHoldsNoMoreThanItsWindow) {
+  options_.inflight_bytes = 10'000;
+  std::mutex mutex;
+  std::vector<uint64_t> waiting;
+  std::atomic<uint64_t> most_bytes{0};
+  service_.put = [&](grpc::ServerContext*, PutServerStream* stream) {
+    // Answers late, so that only the client's own bound can hold it back.
+    std::atomic<bool> reading{true};
+    std::thread answering([&] {
+      while (true) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        const bool last = !reading;
+        std::vector<uint64_t> batch;
+        {
+          const std::lock_guard lock(mutex);
+          batch.swap(waiting);
+        }
+        for (const uint64_t id : batch) {
+          Answer(stream, id);
+        }
+        if (last) {
+          return;
+        }
+      }
+    });
+    const grpc::Status status =
+        ServeObjects(stream, [&](const v1::PutHeader& header, const std::string&) {
+          const std::lock_guard lock(mutex);
+          waiting.push_back(header.object_id());
+          most_bytes = std::max<uint64_t>(most_bytes, waiting.size() * 1000);
+        });
+    reading = false;
+    answering.join();
+    return status;
+  };
+  const auto remote = Connect();
+  int answers = 0;
+  const auto stream = remote->Put([&](const PutObject&, const v1::PutResponse&) { ++answers; });
+  for (uint32_t i = 0; i < 200; ++i) {
+    ASSERT_TRUE(stream->Send(MakeObject(i, std::string(1000, 'x'))).ok());
+  }
+  ASSERT_TRUE(stream->Finish().ok());
+  EXPECT_EQ(answers, 200);
+  EXPECT_LE(most_bytes, options_.inflight_bytes);
+  EXPECT_GT(most_bytes, 2000U) << "objects must be pipelined";
+}
+
+TEST_F(RemoteTest, PutSendsARefusedObjectAgain) {
+  std::map<uint32_t, int> seen;
+  service_.put = [&](grpc::ServerContext*, PutServerStream* stream) {
+    return ServeObjects(stream, [&](const v1::PutHeader& header, const std::string& body) {
+      EXPECT_EQ(body, "body");
+      const bool refuse = header.layer() == 1 && ++seen[1] < 3;
+      Answer(stream, header.object_id(), refuse ? grpc::StatusCode::RESOURCE_EXHAUSTED : 0,
+             refuse ? 20 : 0);
+    });
+  };
+  const auto remote = Connect();
+  int good = 0;
+  const auto stream = remote->Put([&](const PutObject&, const v1::PutResponse& answer) {
+    good += answer.status().code() == 0 ? 1 : 0;
+  });
+  const auto start = std::chrono::steady_clock::now();
+  for (uint32_t layer = 0; layer < 3; ++layer) {
+    ASSERT_TRUE(stream->Send(MakeObject(layer, "body")).ok());
+  }
+  ASSERT_TRUE(stream->Finish().ok());
+  EXPECT_EQ(good, 3);
+  EXPECT_EQ(seen[1], 3);
+  EXPECT_EQ(stream->resent_objects(), 2U);
+  EXPECT_GE(std::chrono::steady_clock::now() - start, std::chrono::milliseconds(40));
+}
+
+TEST_F(RemoteTest, PutGivesUpARefusedObjectInTheEnd) {
+  options_.retry_for_ms = 50;
+  service_.put = [&](grpc::ServerContext*, PutServerStream* stream) {
+    return ServeObjects(stream, [&](const v1::PutHeader& header, const std::string&) {
+      Answer(stream, header.object_id(), grpc::StatusCode::RESOURCE_EXHAUSTED, 20);
+    });
+  };
+  const auto remote = Connect();
+  int refused = 0;
+  const auto stream = remote->Put([&](const PutObject&, const v1::PutResponse& answer) {
+    refused += answer.status().code() == grpc::StatusCode::RESOURCE_EXHAUSTED ? 1 : 0;
+  });
+  ASSERT_TRUE(stream->Send(MakeObject(0, "body")).ok());
+  EXPECT_TRUE(stream->Finish().ok()) << "the stream itself is sound";
+  EXPECT_EQ(refused, 1);
+}
+
+TEST_F(RemoteTest, PutDoesNotWaitForASilentServerForEver) {
+  options_.idle_timeout_ms = 100;
+  service_.put = [](grpc::ServerContext* context, PutServerStream*) {
+    while (!context->IsCancelled()) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    return grpc::Status::CANCELLED;
+  };
+  const auto remote = Connect();
+  const auto stream = remote->Put([](const PutObject&, const v1::PutResponse&) {});
+  // More than the transport takes without a reader: the write itself blocks.
+  const absl::Status sent = stream->Send(MakeObject(0, std::string(8 << 20, 'x')));
+  const absl::Status finished = stream->Finish();
+  EXPECT_EQ(finished.code(), absl::StatusCode::kDeadlineExceeded) << sent << finished;
+}
+
+TEST_F(RemoteTest, PutReportsAStreamThatEnds) {
+  service_.put = [](grpc::ServerContext*, PutServerStream*) {
+    return grpc::Status(grpc::StatusCode::UNAVAILABLE, "draining");
+  };
+  const auto remote = Connect();
+  const auto stream = remote->Put([](const PutObject&, const v1::PutResponse&) {});
+  stream->Send(MakeObject(0, "body")).IgnoreError();
+  const absl::Status status = stream->Finish();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("draining"));
+}
+
+TEST_F(RemoteTest, PutRefusesAnAnswerToNothing) {
+  service_.put = [](grpc::ServerContext*, PutServerStream* stream) {
+    return ServeObjects(stream,
+                        [&](const v1::PutHeader&, const std::string&) { Answer(stream, 77); });
+  };
+  const auto remote = Connect();
+  const auto stream = remote->Put([](const PutObject&, const v1::PutResponse&) {});
+  stream->Send(MakeObject(0, "body")).IgnoreError();
+  EXPECT_EQ(stream->Finish().code(), absl::StatusCode::kDataLoss);
+}
+
+TEST_F(RemoteTest, PutMayBeAbandoned) {
+  service_.put = [](grpc::ServerContext*, PutServerStream* stream) {
+    return ServeObjects(stream, [](const v1::PutHeader&, const std::string&) {});
+  };
+  const auto remote = Connect();
+  const auto stream = remote->Put([](const PutObject&, const v1::PutResponse&) {});
+  EXPECT_TRUE(stream->Send(MakeObject(0, "body")).ok());
+}
+
+v1::GetResponse GetHeaderOf(uint64_t request_id, const std::string& key, uint32_t layer,
+                            uint64_t body_bytes) {
+  v1::GetResponse response;
+  response.set_request_id(request_id);
+  response.mutable_header()->mutable_chunk()->set_key(key);
+  response.mutable_header()->mutable_shard()->set_layer(layer);
+  response.mutable_header()->set_body_bytes(body_bytes);
+  return response;
+}
+
+v1::GetResponse GetFrame(uint64_t request_id, const std::string& frame, bool last) {
+  v1::GetResponse response;
+  response.set_request_id(request_id);
+  response.set_frame(frame);
+  response.set_last(last);
+  return response;
+}
+
+GetQuery QueryOf(uint32_t chunks) {
+  GetQuery query{"n", {}, {}, v1::GET_FORM_SHARD, v1::DTYPE_UNSPECIFIED};
+  for (uint32_t i = 0; i < chunks; ++i) {
+    query.keys.push_back("k" + std::to_string(i));
+  }
+  return query;
+}
+
+TEST_F(RemoteTest, GetAsksForManyChunksInOrder) {
+  std::atomic<int> requests{0};
+  service_.get = [&](grpc::ServerContext*, GetServerStream* stream) {
+    v1::GetRequest request;
+    while (stream->Read(&request)) {
+      ++requests;
+      for (int i = 0; i < request.chunks_size(); ++i) {
+        for (uint32_t layer = 0; layer < 2; ++layer) {
+          const bool last = i + 1 == request.chunks_size() && layer == 1;
+          stream->Write(GetHeaderOf(request.request_id(), request.chunks(i).key(), layer, 6));
+          stream->Write(GetFrame(request.request_id(), "abc", false));
+          stream->Write(GetFrame(request.request_id(), "def", last));
+        }
+      }
+    }
+    return grpc::Status::OK;
+  };
+  const auto remote = Connect();
+  size_t count = 0;
+  uint64_t wire_bytes = 0;
+  const absl::Status status = remote->Get(
+      QueryOf(300),
+      [&](GotShard got) {
+        EXPECT_EQ(got.chunk, count / 2);
+        EXPECT_EQ(got.header.shard().layer(), count % 2);
+        EXPECT_EQ(got.body, "abcdef");
+        ++count;
+        return absl::OkStatus();
+      },
+      &wire_bytes);
+  EXPECT_TRUE(status.ok()) << status;
+  EXPECT_EQ(count, 600U);
+  EXPECT_GT(requests, 1);
+  EXPECT_GT(wire_bytes, 600U * 6);
+}
+
+TEST_F(RemoteTest, GetGoesOnAfterAMissingChunk) {
+  service_.get = [](grpc::ServerContext*, GetServerStream* stream) {
+    v1::GetRequest request;
+    stream->Read(&request);
+    v1::GetResponse missing = GetHeaderOf(1, "k0", 0, 0);
+    missing.mutable_header()->mutable_status()->set_code(grpc::StatusCode::NOT_FOUND);
+    stream->Write(missing);
+    stream->Write(GetHeaderOf(1, "k1", 0, 1));
+    stream->Write(GetFrame(1, "x", true));
+    return grpc::Status::OK;
+  };
+  const auto remote = Connect();
+  std::vector<int> codes;
+  const absl::Status status = remote->Get(QueryOf(2), [&](GotShard got) {
+    codes.push_back(got.header.status().code());
+    return absl::OkStatus();
+  });
+  EXPECT_TRUE(status.ok()) << status;
+  EXPECT_EQ(codes, (std::vector<int>{grpc::StatusCode::NOT_FOUND, 0}));
+}
+
+struct BrokenAnswer {
+  const char* name;
+  std::vector<v1::GetResponse> messages;
+  const char* field;
+};
+
+TEST_F(RemoteTest, GetNamesTheFieldOfABrokenAnswer) {
+  const std::vector<BrokenAnswer> table = {
+      {"another request", {GetHeaderOf(2, "k0", 0, 1)}, "request_id"},
+      {"another chunk", {GetHeaderOf(1, "other", 0, 1)}, "chunk.key"},
+      {"a chunk too early", {GetHeaderOf(1, "k1", 0, 1)}, "chunk.key"},
+      {"a layer twice",
+       {GetHeaderOf(1, "k0", 0, 1), GetFrame(1, "x", false), GetHeaderOf(1, "k0", 0, 1)},
+       "chunk.key"},
+      {"frame without header", {GetFrame(1, "x", false)}, "frame"},
+      {"empty frame", {GetHeaderOf(1, "k0", 0, 1), GetFrame(1, "", false)}, "frame"},
+      {"frame beyond the body", {GetHeaderOf(1, "k0", 0, 1), GetFrame(1, "xy", false)}, "frame"},
+      {"header in a body", {GetHeaderOf(1, "k0", 0, 2), GetHeaderOf(1, "k1", 0, 2)}, "header"},
+      {"body larger than allowed", {GetHeaderOf(1, "k0", 0, uint64_t{1} << 40)}, "body_bytes"},
+      {"end before the body's", {GetHeaderOf(1, "k0", 0, 2), GetFrame(1, "x", true)}, "last"},
+      {"end before the last chunk", {GetHeaderOf(1, "k0", 0, 1), GetFrame(1, "x", true)}, "last"},
+      {"end without last",
+       {GetHeaderOf(1, "k0", 0, 1), GetFrame(1, "x", false), GetHeaderOf(1, "k1", 0, 1),
+        GetFrame(1, "x", false)},
+       "ended the stream"},
+  };
+  for (const BrokenAnswer& broken : table) {
+    SCOPED_TRACE(broken.name);
+    service_.get = [&](grpc::ServerContext*, GetServerStream* stream) {
+      v1::GetRequest request;
+      stream->Read(&request);
+      for (const v1::GetResponse& message : broken.messages) {
+        stream->Write(message);
+      }
+      return grpc::Status::OK;
+    };
+    const absl::Status status =
+        Connect()->Get(QueryOf(2), [](GotShard) { return absl::OkStatus(); });
+    EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss);
+    EXPECT_THAT(std::string(status.message()), HasSubstr(broken.field));
+  }
+}
+
+TEST_F(RemoteTest, GetStopsWhenItsVisitorDoes) {
+  service_.get = [](grpc::ServerContext* context, GetServerStream* stream) {
+    v1::GetRequest request;
+    stream->Read(&request);
+    for (uint32_t layer = 0; !context->IsCancelled(); ++layer) {
+      stream->Write(GetHeaderOf(1, "k0", layer, 1));
+      stream->Write(GetFrame(1, "x", false));
+    }
+    return grpc::Status::CANCELLED;
+  };
+  const absl::Status status =
+      Connect()->Get(QueryOf(1), [](GotShard) { return absl::AbortedError("enough"); });
+  EXPECT_EQ(status.code(), absl::StatusCode::kAborted);
+}
+
+TEST_F(RemoteTest, GetDoesNotWaitForASilentServerForEver) {
+  options_.idle_timeout_ms = 100;
+  service_.get = [](grpc::ServerContext* context, GetServerStream*) {
+    while (!context->IsCancelled()) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    return grpc::Status::CANCELLED;
+  };
+  const absl::Status status = Connect()->Get(QueryOf(1), [](GotShard) { return absl::OkStatus(); });
+  EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded);
+}
+
+v1::AttendHeader AttendOf() {
+  v1::AttendHeader header;
+  header.set_mode(v1::ATTEND_MODE_OUTPUT);
+  header.set_queries(1);
+  header.set_q_heads(2);
+  header.set_head_dim(3);
+  return header;
+}
+
+TEST_F(RemoteTest, AttendSendsQueriesAndPutsTheAnswerTogether) {
+  int calls = 0;
+  service_.attend = [&](grpc::ServerContext*, AttendServerStream* stream) {
+    std::string queries;
+    v1::AttendRequest request;
+    while (stream->Read(&request)) {
+      queries += request.frame();
+    }
+    EXPECT_EQ(queries, std::string(3 << 20, 'q'));
+    v1::AttendResponse response;
+    response.set_request_id(1);
+    if (++calls == 1) {
+      response.mutable_header()->mutable_status()->set_code(grpc::StatusCode::RESOURCE_EXHAUSTED);
+      response.mutable_header()->mutable_status()->set_retry_after_ms(5);
+      response.set_last(true);
+      stream->Write(response);
+      return grpc::Status::OK;
+    }
+    response.mutable_header()->set_body_bytes(32);
+    stream->Write(response);
+    response.set_frame(std::string(20, 'a'));
+    stream->Write(response);
+    response.set_frame(std::string(12, 'b'));
+    response.set_last(true);
+    stream->Write(response);
+    return grpc::Status::OK;
+  };
+  const auto result = Connect()->Attend(AttendOf(), std::string(3 << 20, 'q'));
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_EQ(result->body, std::string(20, 'a') + std::string(12, 'b'));
+  EXPECT_EQ(calls, 2) << "the refusal is tried again";
+}
+
+TEST_F(RemoteTest, AttendRefusesABodyOfAnotherSize) {
+  service_.attend = [](grpc::ServerContext*, AttendServerStream* stream) {
+    v1::AttendResponse response;
+    response.set_request_id(1);
+    response.mutable_header()->set_body_bytes(36);
+    stream->Write(response);
+    return grpc::Status::OK;
+  };
+  const auto result = Connect()->Attend(AttendOf(), "q");
+  EXPECT_EQ(result.status().code(), absl::StatusCode::kDataLoss);
+  EXPECT_THAT(std::string(result.status().message()), HasSubstr("body_bytes"));
+}
+
+TEST_F(RemoteTest, UnaryCallsHonourThePushback) {
+  int calls = 0;
+  service_.info = [&](grpc::ServerContext* context, v1::ServerInfoResponse* response) {
+    response->set_version("v");
+    if (++calls < 3) {
+      context->AddTrailingMetadata("grpc-retry-pushback-ms", "10");
+      return grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "later");
+    }
+    return grpc::Status::OK;
+  };
+  const auto info = Connect()->Info();
+  ASSERT_TRUE(info.ok()) << info.status();
+  EXPECT_EQ(calls, 3);
+}
+
+TEST_F(RemoteTest, UnaryCallsFailAtOnceWithoutOne) {
+  int calls = 0;
+  service_.info = [&](grpc::ServerContext*, v1::ServerInfoResponse*) {
+    ++calls;
+    return grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "full");
+  };
+  EXPECT_EQ(Connect()->Info().status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(calls, 1);
+}
+
+TEST_F(RemoteTest, CommitAsksForManyChunksAndWantsAStatusForEach) {
+  int extra = 0;
+  std::vector<int> sizes;
+  service_.commit = [&](const v1::CommitRequest& request, v1::CommitResponse* response) {
+    sizes.push_back(request.chunks_size());
+    for (int i = 0; i < request.chunks_size() + extra; ++i) {
+      response->add_statuses()->set_code(request.chunks(0).key() == "k0" ? 0 : 5);
+    }
+  };
+  const auto statuses = Connect()->Commit("n", QueryOf(5000).keys);
+  ASSERT_TRUE(statuses.ok()) << statuses.status();
+  EXPECT_EQ(sizes, (std::vector<int>{4096, 904}));
+  EXPECT_TRUE((*statuses)[0].ok());
+  EXPECT_EQ((*statuses)[4999].code(), absl::StatusCode::kNotFound);
+  extra = 1;
+  EXPECT_EQ(Connect()->Commit("n", {"k0"}).status().code(), absl::StatusCode::kDataLoss);
+}
+
+TEST_F(RemoteTest, ListFollowsPagesButNotInCircles) {
+  service_.list = [](const v1::ListRequest& request, v1::ListResponse* response) {
+    response->add_chunks();
+    response->set_next_page_token(request.page_token().empty() ? "a" : "");
+  };
+  int count = 0;
+  const auto counting = [&](const v1::ChunkInfo&) {
+    ++count;
+    return absl::OkStatus();
+  };
+  EXPECT_TRUE(Connect()->List("n", counting).ok());
+  EXPECT_EQ(count, 2);
+  service_.list = [](const v1::ListRequest&, v1::ListResponse* response) {
+    response->set_next_page_token("a");
+  };
+  EXPECT_EQ(Connect()->List("n", counting).code(), absl::StatusCode::kDataLoss);
+}
+
+TEST(Remote, NamesTheServerThatIsNotThere) {
+  RemoteOptions options;
+  options.server = "127.0.0.1:1";
+  const absl::Status status = (*Remote::Create(options))->Info().status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("127.0.0.1:1"));
+}
+
+TEST(Remote, ChecksItsOptions) {
+  RemoteOptions options;
+  options.server = "";
+  EXPECT_FALSE(Remote::Create(options).ok());
+  options = {};
+  options.idle_timeout_ms = 0;
+  EXPECT_FALSE(Remote::Create(options).ok());
+}
+
+}  // namespace
+}  // namespace kvshrink::client

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <memory>
+#include <set>
 
 #include "blocks.h"
 #include "cpu/loops.h"
@@ -46,14 +47,18 @@ void PrintChecksums() {
 }
 
 TEST(Targets, EveryInstructionSetWithFusedMultiplyAddGivesTheSameShards) {
-  constexpr int64_t kUnfused = HWY_SCALAR | HWY_EMU128 | HWY_SSSE3 | HWY_SSE4;
+  // A target that this build doesn't have runs as one of these.
+  const std::set<std::string> unfused = {"SCALAR", "EMU128", "SSE2", "SSSE3", "SSE4"};
   std::string first;
-  for (int64_t rest = hwy::SupportedTargets() & ~kUnfused; rest != 0; rest &= rest - 1) {
+  for (int64_t rest = hwy::SupportedTargets(); rest != 0; rest &= rest - 1) {
     const int64_t target = rest & -rest;
     const std::string line = RunProgram(Program() + " " + std::to_string(target));
     const size_t name_end = line.find(' ');
     ASSERT_NE(name_end, std::string::npos) << line;
     const std::string checksums = line.substr(name_end);
+    if (unfused.contains(line.substr(0, name_end))) {
+      continue;
+    }
     std::printf("%s\n", line.substr(0, name_end).c_str());
     first = first.empty() ? checksums : first;
     EXPECT_EQ(checksums, first) << line;

@@ -369,6 +369,40 @@ TEST_F(RemoteTest, GetGoesOnAfterAMissingChunk) {
   EXPECT_EQ(codes, (std::vector<int>{grpc::StatusCode::NOT_FOUND, 0}));
 }
 
+TEST_F(RemoteTest, GetAsksAgainWhenARequestIsRefused) {
+  int calls = 0;
+  service_.get = [&](grpc::ServerContext*, GetServerStream* stream) {
+    v1::GetRequest request;
+    while (stream->Read(&request)) {
+      if (++calls < 3) {
+        v1::GetResponse refusal;
+        refusal.set_request_id(request.request_id());
+        refusal.mutable_header()->mutable_status()->set_code(grpc::StatusCode::RESOURCE_EXHAUSTED);
+        refusal.mutable_header()->mutable_status()->set_retry_after_ms(5);
+        refusal.set_last(true);
+        stream->Write(refusal);
+        continue;
+      }
+      stream->Write(GetHeaderOf(request.request_id(), "k0", 0, 1));
+      stream->Write(GetFrame(request.request_id(), "x", true));
+    }
+    return grpc::Status::OK;
+  };
+  int shards = 0;
+  const auto count = [&](GotShard) {
+    ++shards;
+    return absl::OkStatus();
+  };
+  const absl::Status status = Connect()->Get(QueryOf(1), count);
+  EXPECT_TRUE(status.ok()) << status;
+  EXPECT_EQ(calls, 3);
+  EXPECT_EQ(shards, 1);
+
+  calls = -1000;
+  options_.retry_for_ms = 40;
+  EXPECT_EQ(Connect()->Get(QueryOf(1), count).code(), absl::StatusCode::kResourceExhausted);
+}
+
 struct BrokenAnswer {
   const char* name;
   std::vector<v1::GetResponse> messages;

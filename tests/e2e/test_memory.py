@@ -135,14 +135,14 @@ def test_a_full_budget_refuses_before_the_body(start_daemon: Start) -> None:
         waiting.set()
 
 
-def test_an_object_beyond_the_whole_budget_is_not_retried(start_daemon: Start) -> None:
+def test_an_object_beyond_the_whole_budget_is_refused(start_daemon: Start) -> None:
     daemon = start_daemon(inflight_bytes="8MiB", threads=2)
     big = np.zeros((2048, 8, 512), np.float16)
-    with daemon.client(timeout_s=10) as client:
+    with daemon.client(timeout_s=2) as client:
         started = time.monotonic()
         with pytest.raises((kvshrink.InvalidArgument, kvshrink.ResourceExhausted)):
             client.compress([(big, big)])
-        assert time.monotonic() - started < 11
+        assert time.monotonic() - started < 5
         assert client.server_info().inflight_bytes == 0
 
 
@@ -152,8 +152,9 @@ def test_a_client_that_goes_frees_what_it_held(start_daemon: Start) -> None:
         with daemon.stub() as stub:
             calls, waiting = half_sent(stub, 2)
             until(lambda: client.server_info().inflight_bytes >= 8 * MIB, 10, "admission")
+            held = client.server_info().inflight_bytes
             calls[0].cancel()
-            until(lambda: client.server_info().inflight_bytes < 8 * MIB, 10, "the first one's share")
+            until(lambda: client.server_info().inflight_bytes == held // 2, 10, "the first one's share")
         # leaving the block closes the connection under the second one
         waiting.set()
         until(lambda: client.server_info().inflight_bytes == 0, 10, "the second one's share")
@@ -161,7 +162,7 @@ def test_a_client_that_goes_frees_what_it_held(start_daemon: Start) -> None:
 
 
 def test_a_reader_that_goes_frees_what_it_held(start_daemon: Start) -> None:
-    daemon = start_daemon(**BUDGETS)
+    daemon = start_daemon(**{**BUDGETS, "inflight_bytes": "32MiB"})
     with daemon.client() as client:
         for i in range(6):
             client.put("model", b"%d" % i, [layer(i)], profile="raw")

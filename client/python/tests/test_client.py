@@ -214,6 +214,32 @@ def test_closing_a_get_cancels_the_call(scripted: Any) -> None:
     assert cancelled.wait(5)
 
 
+def test_get_and_attend_try_again_after_a_refusal(scripted: Any) -> None:
+    connect, script = scripted
+    tries = {"Get": 0, "Attend": 0}
+
+    def get(_r: Any, _c: Any) -> Iterator[Any]:
+        tries["Get"] += 1
+        if tries["Get"] < 3:
+            yield get_response(b"", last=True, status=refused(0).status)
+        else:
+            yield get_response(b"", last=True)
+
+    def attend(_r: Any, _c: Any) -> Iterator[Any]:
+        tries["Attend"] += 1
+        if tries["Attend"] < 3:
+            yield pb.AttendResponse(request_id=1, header=pb.AttendAnswer(status=refused(0).status), last=True)
+        else:
+            body = bytes(4 * 5)
+            yield pb.AttendResponse(request_id=1, header=pb.AttendAnswer(body_bytes=len(body), tokens=1))
+            yield pb.AttendResponse(request_id=1, frame=body, last=True)
+
+    script["Get"], script["Attend"] = get, attend
+    assert len(list(connect().get("model", b"key", form="shard"))) == 1
+    assert connect().attend("model", b"key", 0, np.ones((1, 1, 4), np.float32)).tokens == 1
+    assert tries == {"Get": 3, "Attend": 3}
+
+
 def test_attend_reads_scores_and_top_k(scripted: Any) -> None:
     connect, script = scripted
     asked: list[Any] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, cast, overload
@@ -13,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvshrink import attention, tensors
 from kvshrink.errors import DataLoss, InvalidArgument, KVShrinkError, from_rpc
 from kvshrink.lease import Lease
-from kvshrink.streams import FRAME_BYTES, Answer, Exchange, Job, Stream, framed_answers, plain_answers
+from kvshrink.streams import FRAME_BYTES, Answer, Exchange, Job, Stream, framed_answers, pause, plain_answers
 from kvshrink.tensors import DTypeName, LayoutName
 from kvshrink.types import (
     Array,
@@ -46,7 +47,7 @@ class Client:
     """A connection to one kvshrinkd. Thread-safe; close it, or use it in a `with`.
 
     Every method raises a subclass of KVShrinkError. `timeout_s` bounds each call; a call of several objects that a full
-    budget refused sends them again, when the service says, until then.
+    budget refused sends them again, when the service says, until then. So does a call of one request.
     """
 
     def __init__(
@@ -172,10 +173,19 @@ class Client:
         return self._fetch(request, raising=errors == "raise")
 
     def _fetch(self, request: pb.GetRequest, raising: bool) -> Generator[Fetched, None, None]:
-        with Stream[Any](self._stub.Get, lambda _: [request], 1, self._timeout_s) as stream:
-            for header, body in attention.read_parts(stream):
+        deadline = time.monotonic() + self._timeout_s
+        while (yield from self._fetch_once(request, raising, deadline)):
+            pass
+
+    def _fetch_once(self, request: pb.GetRequest, raising: bool, deadline: float) -> Generator[Fetched, None, bool]:
+        """True: a full budget refused the request, its pause is over, and it may be tried again."""
+        left_s = max(0.0, deadline - time.monotonic())
+        with Stream[Any](self._stub.Get, lambda _: [request], 1, left_s) as stream:
+            for number, (header, body) in enumerate(attention.read_parts(stream)):
                 item = Fetched.from_proto(header)
                 if item.error is not None:
+                    if number == 0 and pause(item.error, deadline):
+                        return True
                     if raising:
                         raise item.error
                     yield item
@@ -183,6 +193,7 @@ class Client:
                     yield dataclasses.replace(item, tensors=tensors.unpack_kv(header.tensor, body))
                 else:
                     yield dataclasses.replace(item, shard=body)
+        return False
 
     @overload
     def attend(
@@ -237,12 +248,15 @@ class Client:
         """
         options = {"scale": scale, "softcap": softcap, "first_query": first_query, "window": window, "top_k": top_k}
         header = attention.header(chunk_ids(namespace, keys), layer, q, mode, options)
-        requests = attention.requests(header, q)
-        with Stream[Any](self._stub.Attend, lambda _: requests, 1, self._timeout_s) as stream:
-            answers = list(attention.read_parts(stream))
-        if len(answers) != 1:
-            raise DataLoss(f"field 'request_id' is 1: has {len(answers)} answers")
-        return attention.answer(header, *answers[0])
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            left_s = max(0.0, deadline - time.monotonic())
+            with Stream[Any](self._stub.Attend, lambda _: attention.requests(header, q), 1, left_s) as stream:
+                answers = list(attention.read_parts(stream))
+            if len(answers) != 1:
+                raise DataLoss(f"field 'request_id' is 1: has {len(answers)} answers")
+            if not pause(status_error(answers[0][0].status), deadline):
+                return attention.answer(header, *answers[0])
 
     # --- stateless
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import grpc
 
-from kvshrink.errors import DataLoss, ResourceExhausted, from_rpc
+from kvshrink.errors import DataLoss, DeadlineExceeded, ResourceExhausted, from_rpc
 from kvshrink.types import status_error
 
 FRAME_BYTES = 1 << 20
@@ -46,6 +46,16 @@ def frames(parts: list[memoryview]) -> Iterator[bytes]:
     for part in parts:
         for start in range(0, part.nbytes, FRAME_BYTES):
             yield bytes(part[start : start + FRAME_BYTES])
+
+
+def pause(refusal: object, deadline: float) -> bool:
+    """Waits as long as a refusal asks for. False, at once, when it is none or that is beyond the deadline."""
+    if not isinstance(refusal, ResourceExhausted) or refusal.retry_after_s <= 0:
+        return False
+    if time.monotonic() + refusal.retry_after_s > deadline:
+        return False
+    time.sleep(refusal.retry_after_s)
+    return True
 
 
 class Stream(Generic[Request]):
@@ -161,25 +171,29 @@ class Exchange:
         """Answers in the order of the jobs. Raises the first error of an object; the rest is then abandoned."""
         done: dict[int, Answer] = {}
         window, todo = WINDOW, cast(Iterator[tuple[int, Job]], enumerate(jobs, start=1))
+        refusal: ResourceExhausted | None = None
         while True:
-            refused, wait_s = self._round(todo, window, done)
-            if not refused:
+            try:
+                refused, refusal = self._round(todo, window, done)
+            except DeadlineExceeded:
+                raise refusal or DeadlineExceeded("no answer within the time-out") from None
+            if refusal is None:
                 return [done[number] for number in sorted(done)]
-            remaining_s = self._deadline - time.monotonic()
-            if wait_s > remaining_s:
-                raise ResourceExhausted(f"{len(refused)} objects were refused until the time-out", retry_after_s=wait_s)
-            time.sleep(wait_s)
+            if not pause(refusal, self._deadline):
+                raise refusal
             window, todo = max(1, window // 2), iter(sorted(refused.items()))
 
     def _round(
         self, todo: Iterator[tuple[int, Job]], window: int, done: dict[int, Answer]
-    ) -> tuple[dict[int, Job], float]:
-        """One stream. Returns the jobs that were refused, and how long to wait before the next."""
+    ) -> tuple[dict[int, Job], ResourceExhausted | None]:
+        """One stream. Returns the jobs that were refused, and the refusal that asks for the longest pause."""
         sent: dict[int, Job] = {}
         refused: dict[int, Job] = {}
-        wait_s = 0.0
+        longest: ResourceExhausted | None = None
+        all_sent = False
 
         def requests(stream: Stream[Any]) -> Iterator[Any]:
+            nonlocal all_sent
             for number, job in todo:
                 if not stream.hold():
                     return
@@ -188,6 +202,7 @@ class Exchange:
                 yield self._request(header=job.header)
                 for frame in frames(job.body):
                     yield self._request(frame=frame)
+            all_sent = True
 
         with Stream(self._method, requests, window, max(0.0, self._deadline - time.monotonic())) as stream:
             for answer in self._answers(stream):
@@ -198,11 +213,11 @@ class Exchange:
                 error = status_error(answer.header.status)
                 if isinstance(error, ResourceExhausted) and error.retry_after_s > 0:
                     refused[answer.object_id] = job
-                    wait_s = max(wait_s, error.retry_after_s)
+                    longest = max(longest or error, error, key=lambda e: e.retry_after_s)
                 elif error is not None:
                     raise error
                 else:
                     done[answer.object_id] = answer
-        if sent:
-            raise DataLoss(f"field 'object_id' is {min(sent)}: the stream ended without its answer")
-        return refused, wait_s
+        if sent or not all_sent:
+            raise DataLoss(f"field 'object_id' is {max(done, default=0) + 1}: the stream ended without its answer")
+        return refused, longest

@@ -1,6 +1,7 @@
 // kvshrinkd: settings in, serve until SIGTERM or SIGINT, drain, exit. Exits 0 after a drain, 1 when
 // it can't serve, 2 for bad usage.
 
+#include <grpc/support/log.h>
 #include <pthread.h>
 #include <signal.h>
 #include <time.h>
@@ -31,6 +32,13 @@ std::string TierNames(const store::Store& store) {
   return names;
 }
 
+// gRPC's own complaints, as lines of our log.
+void LogGrpc(gpr_log_func_args* args) {
+  const spdlog::level::level_enum level =
+      args->severity == GPR_LOG_SEVERITY_ERROR ? spdlog::level::warn : spdlog::level::debug;
+  spdlog::log(level, "grpc message=\"{}\"", Printable(args->message));
+}
+
 // Waits until admitted work is done, the time is over, or a second signal says that it is.
 void AwaitDrain(const Server& server, const sigset_t& signals, absl::Duration timeout) {
   const absl::Time deadline = absl::Now() + timeout;
@@ -55,6 +63,7 @@ int Run(const Options& options) {
   sigaddset(&signals, SIGINT);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   signal(SIGPIPE, SIG_IGN);
+  gpr_set_log_function(LogGrpc);
 
   absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(options);
   absl::Status status = server.status();

@@ -5,8 +5,8 @@
 #include <optional>
 #include <string>
 
-#include "kvshrink/strcat.h"
 #include "kvshrink/error.h"
+#include "kvshrink/strcat.h"
 
 namespace kvshrink::service {
 namespace {
@@ -90,6 +90,10 @@ uint64_t PackedBytes(const TensorShape& shape, DType dtype) {
   return 2 * uint64_t{shape.entries()} * DTypeBytes(dtype);
 }
 
+uint64_t EncodeBytes(const TensorShape& shape, DType dtype) {
+  return 2 * PackedBytes(shape, dtype);
+}
+
 absl::StatusOr<TensorPlan> MakeTensorPlan(DType dtype, const TensorShape& shape,
                                           const TensorLayout& layout, uint64_t v_offset_bytes,
                                           std::string_view field) {
@@ -119,9 +123,8 @@ absl::StatusOr<TensorPlan> MakeTensorPlan(DType dtype, const TensorShape& shape,
         StrCat("must be ", extent_bytes, " (the extent of K) to ", size * kMaxStride));
   }
   if (plan.v_offset_bytes % size != 0) {
-    return BadArgument(
-        v_field, v_offset_bytes,
-        StrCat("must be a multiple of ", size, ", the size of ", DTypeName(dtype)));
+    return BadArgument(v_field, v_offset_bytes,
+                       StrCat("must be a multiple of ", size, ", the size of ", DTypeName(dtype)));
   }
   plan.bytes = plan.v_offset_bytes + extent_bytes;
   plan.max_bytes = plan.v_offset_bytes + PaddedExtent(shape, layout, *extent) * size;

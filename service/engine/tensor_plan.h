@@ -29,6 +29,10 @@ struct TensorPlan {
 // Bytes of K and V packed.
 uint64_t PackedBytes(const TensorShape& shape, DType dtype);
 
+// Memory that encoding takes beside the tensors, at most: the coded blocks and the shard made of
+// them, should all be kept raw.
+uint64_t EncodeBytes(const TensorShape& shape, DType dtype);
+
 // Checks the shape, that elements don't overlap, and the place of V (0 = directly after K). `field`
 // is the path of the tensor in its request, for errors: INVALID_ARGUMENT naming the field.
 absl::StatusOr<TensorPlan> MakeTensorPlan(DType dtype, const TensorShape& shape,

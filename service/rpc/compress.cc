@@ -28,7 +28,7 @@ absl::StatusOr<Accepted<CompressDetails>> CompressStream::Check(const v1::Compre
   }
   KVSHRINK_RETURN_IF_ERROR(CheckPosition(*options, plan->shape));
   return Accepted<CompressDetails>{{*plan, *options},
-                                   header.body_bytes() + PackedBytes(plan->shape, plan->dtype)};
+                                   header.body_bytes() + EncodeBytes(plan->shape, plan->dtype)};
 }
 
 absl::StatusOr<CompressStream::Answer> CompressStream::Work(Object& object) {

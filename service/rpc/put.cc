@@ -85,10 +85,9 @@ absl::StatusOr<Accepted<PutDetails>> PutStream::Check(const v1::PutHeader& heade
         StrCat("shards of uncommitted chunks take all of ", env_.uncommitted_capacity_bytes,
                " bytes: commit or delete some, or wait until they expire"));
   }
-  // Beside the body there is the shard, which is never much larger than the packed tensor.
   accepted.charge_bytes = header.body_bytes();
   if (details.tensor.has_value()) {
-    accepted.charge_bytes += PackedBytes(details.tensor->shape, details.tensor->dtype);
+    accepted.charge_bytes += EncodeBytes(details.tensor->shape, details.tensor->dtype);
   }
   return accepted;
 }

@@ -319,11 +319,14 @@ TEST(Get, TheFirstLayerIsOnItsWayBeforeTheLastIsRead) {
 
 TEST(Get, IsRefusedWhenTheBudgetIsFull) {
   Options options = TestOptions();
-  options.inflight_bytes = 70'000;
+  options.inflight_bytes = 100'000;
   Daemon daemon(options);
   PutChunk(daemon, "a", 1, 10);
   EXPECT_EQ(Get(daemon, Request({"a"}, v1::GET_FORM_SHARD))[0].header.status().code(), 0);
-  const std::vector<Part> parts = Get(daemon, Request({"a"}, v1::GET_FORM_DECODED));
+  v1::GetRequest request = Request({"a"}, v1::GET_FORM_DECODED);
+  request.mutable_layout()->set_token_stride(256);  // of which 64 are used
+  request.mutable_layout()->set_head_stride(32);
+  const std::vector<Part> parts = Get(daemon, request);
   EXPECT_EQ(parts[0].header.status().code(), StatusCode::RESOURCE_EXHAUSTED);
   EXPECT_GT(parts[0].header.status().retry_after_ms(), 0U);
 }

@@ -1,6 +1,8 @@
 // Bounded memory: what is refused, what is freed, who is cut off.
 #include <string>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -193,6 +195,62 @@ TEST(Budget, DecompressAsksForTheTensorsMemory) {
   EXPECT_TRUE(answer.last());
   stream->WritesDone();
   EXPECT_TRUE(stream->Finish().ok());
+}
+
+// One client of the crowd below: puts and gets a chunk of its own, or goes away in the middle of
+// either.
+void PutAndGet(Daemon& daemon, int client, int round) {
+  const std::string key = std::to_string(client) + "." + std::to_string(round);
+  const bool leaves = (client + round) % 3 == 0;
+  grpc::ClientContext put_context;
+  auto put = daemon.stub().Put(&put_context);
+  for (uint32_t layer = 0; layer < 4; ++layer) {
+    SendObject<PutClient, v1::PutRequest>(*put, TensorHeader(layer, key, layer, 4),
+                                          MakeBody(kShape, layer));
+  }
+  if (leaves) {
+    put_context.TryCancel();
+    return;
+  }
+  put->WritesDone();
+  for (v1::PutResponse answer; put->Read(&answer);) {
+    EXPECT_EQ(answer.status().code(), 0) << answer.status().message();
+  }
+  EXPECT_TRUE(put->Finish().ok());
+  EXPECT_EQ(Commit(daemon, {key}).statuses(0).code(), 0);
+  grpc::ClientContext get_context;
+  auto get = daemon.stub().Get(&get_context);
+  v1::GetRequest request;
+  *request.add_chunks() = Id(key);
+  request.set_form(v1::GET_FORM_DECODED);
+  get->Write(request);
+  get->WritesDone();
+  int headers = 0;
+  for (v1::GetResponse answer; get->Read(&answer);) {
+    headers += answer.has_header() && answer.header().status().code() == 0 ? 1 : 0;
+    if ((client + round) % 3 == 1) {
+      get_context.TryCancel();
+      return;
+    }
+  }
+  EXPECT_EQ(headers, 4);
+}
+
+TEST(Budget, ACrowdThatComesAndGoesLeavesNothingBehind) {
+  Daemon daemon;
+  std::vector<std::thread> clients;
+  for (int client = 0; client < 8; ++client) {
+    clients.emplace_back([&daemon, client] {
+      for (int round = 0; round < 25; ++round) {
+        PutAndGet(daemon, client, round);
+      }
+    });
+  }
+  for (std::thread& client : clients) {
+    client.join();
+  }
+  EXPECT_TRUE(Eventually([&] { return daemon.server().Drained(); }));
+  EXPECT_EQ(daemon.Info().inflight_bytes(), 0U);
 }
 
 }  // namespace

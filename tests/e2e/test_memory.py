@@ -48,8 +48,8 @@ class PeakRss:
 
 
 def test_resident_size_stays_within_the_budgets(start_daemon: Start) -> None:
-    """400 MiB go through a daemon whose budgets are 48 MiB, by four clients at once, raw so that nothing shrinks."""
-    daemon = start_daemon(**BUDGETS)
+    """800 MiB go through a daemon whose budgets are 48 MiB, by four clients at once, raw so that nothing shrinks."""
+    daemon = start_daemon(**BUDGETS, disk_bytes="256MiB")
     with daemon.client() as client:
         client.put("warm", b"k", [layer(0)], profile="kvs2")
     errors: list[Exception] = []
@@ -58,7 +58,7 @@ def test_resident_size_stays_within_the_budgets(start_daemon: Start) -> None:
     def send(name: int) -> None:
         try:
             with daemon.client(timeout_s=120) as client:
-                for i in range(25):
+                for i in range(50):
                     client.put("model", b"%d/%d" % (name, i), [one], profile="raw")
                     list(client.get("model", b"%d/%d" % (name, i), form="shard"))
         except Exception as error:
@@ -72,8 +72,9 @@ def test_resident_size_stays_within_the_budgets(start_daemon: Start) -> None:
         for thread in threads:
             thread.join(150)
     assert not errors, errors
-    # Beside the budgets: what gRPC holds per stream, the disk tier's buffers, and what malloc doesn't give back.
-    assert rss.peak_bytes - before < 48 * MIB + 160 * MIB
+    # The budgets; three write buffers of the disk tier, each a sixteenth of its size; what gRPC holds per stream and
+    # what malloc does not give back: about 50 MiB.
+    assert rss.peak_bytes - before < (48 + 3 * 16 + 112) * MIB
     with daemon.client() as client:
         info = client.server_info()
         assert info.inflight_bytes == 0

@@ -92,7 +92,7 @@ absl::Status StoreImpl::LoadFromDisk() {
   if (disk_ == nullptr) return absl::OkStatus();
   absl::StatusOr<DiskTier::Contents> contents = disk_->Load();
   if (!contents.ok()) return contents.status();
-  const std::unique_lock lock(mu_);  // no one else yet; the annotation of the helpers holds
+  const std::unique_lock lock(mu_);  // no one else is here yet, but the helpers are called under it
   for (DiskTier::StoredChunk& chunk : contents->chunks) {
     index_.Insert(chunk.key, std::move(chunk.record));
   }

@@ -108,16 +108,16 @@ def half_sent(stub: Any, count: int) -> Any:
 
 def test_a_full_budget_refuses_before_the_body(start_daemon: Start) -> None:
     """The refusal comes with a time to try again while the body is still unsent, and the stream lives on."""
-    daemon = start_daemon(inflight_bytes="24MiB", threads=2)
+    daemon = start_daemon(inflight_bytes="64MiB", threads=2)
     with daemon.stub() as stub, daemon.client() as client:
         calls, waiting = half_sent(stub, 2)
         until(lambda: client.server_info().inflight_bytes >= 8 * MIB, 10, "admission")
         refused = threading.Event()
 
         def requests() -> Iterator[Any]:
-            yield pb.CompressRequest(header=header(9, 20 * MIB, 1280))
+            yield pb.CompressRequest(header=header(9, 60 * MIB, 3840))
             assert refused.wait(20), "no refusal while the body was unsent"
-            for _ in range(20):
+            for _ in range(60):
                 yield pb.CompressRequest(frame=bytes(MIB))  # dropped
             yield pb.CompressRequest(header=header(10, 4 * 16 * 256, 1))
             yield pb.CompressRequest(frame=bytes(4 * 16 * 256))
@@ -148,17 +148,25 @@ def test_an_object_beyond_the_whole_budget_is_refused(start_daemon: Start) -> No
 
 
 def test_a_client_that_goes_frees_what_it_held(start_daemon: Start) -> None:
-    daemon = start_daemon(**BUDGETS)
+    daemon = start_daemon(inflight_bytes="64MiB", threads=2)
     with daemon.client() as client:
+
+        def held() -> int:
+            return client.server_info().inflight_bytes
+
         with daemon.stub() as stub:
-            calls, waiting = half_sent(stub, 2)
-            until(lambda: client.server_info().inflight_bytes >= 8 * MIB, 10, "admission")
-            held = client.server_info().inflight_bytes
-            calls[0].cancel()
-            until(lambda: client.server_info().inflight_bytes == held // 2, 10, "the first one's share")
+            (first,), waiting = half_sent(stub, 1)
+            until(lambda: held() > 0, 10, "admission")
+            one = held()
+            assert one >= 4 * MIB  # its body at least
+            _, also_waiting = half_sent(stub, 1)
+            until(lambda: held() == 2 * one, 10, "admission of the second")
+            first.cancel()
+            until(lambda: held() == one, 10, "the first one's share")
         # leaving the block closes the connection under the second one
         waiting.set()
-        until(lambda: client.server_info().inflight_bytes == 0, 10, "the second one's share")
+        also_waiting.set()
+        until(lambda: held() == 0, 10, "the second one's share")
         client.compress([layer(2)], profile="raw")
 
 

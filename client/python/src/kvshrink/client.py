@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, overload
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvshrink import attention, tensors
+from kvshrink import attention, messages, tensors
 from kvshrink.errors import DataLoss, InvalidArgument, KVShrinkError, from_rpc
 from kvshrink.lease import Lease
 from kvshrink.streams import FRAME_BYTES, Answer, Exchange, Job, Stream, framed_answers, pause, plain_answers
@@ -28,12 +28,10 @@ from kvshrink.types import (
     ServerInfo,
     ShardInfo,
     ShardStats,
-    profile_number,
     status_error,
 )
 from kvshrink.v1 import kvshrink_pb2 as pb
 from kvshrink.v1 import kvshrink_pb2_grpc
-from kvshrink.v1 import types_pb2 as types
 
 Form = Literal["shard", "decoded", "low_rank"]
 Layer = tuple[Array, Array]
@@ -101,17 +99,17 @@ class Client:
         says; `tokens` is needed for paged layouts whose last page isn't full. With commit=False the chunk stays
         invisible until `commit`.
         """
-        encode = self._encode_spec(profile, first_token, raw_tokens, max_relative_error)
+        encode = messages.encode_spec(profile, first_token, raw_tokens, max_relative_error)
 
         def jobs(count: int) -> Iterator[Job]:
             for i, (k, v) in enumerate(layers):
                 tensor, body = tensors.pack_kv(k, v, layout, tokens, f"layers[{i}]")
                 header = pb.PutHeader(
-                    chunk=chunk_id(namespace, key), layer=i, layers=count, tensor=tensor, encode=encode
+                    chunk=messages.chunk_id(namespace, key), layer=i, layers=count, tensor=tensor, encode=encode
                 )
-                yield self._sized(header, body)
+                yield messages.sized(header, body)
 
-        return self._put(namespace, key, jobs(self._count(layers, layer_count, "layers")), commit)
+        return self._put(namespace, key, jobs(messages.count(layers, layer_count, "layers")), commit)
 
     def put_shards(
         self,
@@ -126,10 +124,12 @@ class Client:
 
         def jobs(count: int) -> Iterator[Job]:
             for i, shard in enumerate(shards):
-                header = pb.PutHeader(chunk=chunk_id(namespace, key), layer=i, layers=count, encoded=pb.EncodedSpec())
-                yield self._sized(header, [memoryview(shard)])
+                header = pb.PutHeader(
+                    chunk=messages.chunk_id(namespace, key), layer=i, layers=count, encoded=pb.EncodedSpec()
+                )
+                yield messages.sized(header, [memoryview(shard)])
 
-        return self._put(namespace, key, jobs(self._count(shards, layer_count, "shards")), commit)
+        return self._put(namespace, key, jobs(messages.count(shards, layer_count, "shards")), commit)
 
     def commit(self, namespace: str, keys: bytes | Sequence[bytes]) -> None:
         """Makes chunks visible; durable when it returns. Raises the first error, after all chunks were tried."""
@@ -163,7 +163,7 @@ class Client:
             raise InvalidArgument(f"argument 'form' is {form!r}: must be one of {', '.join(_FORMS)}")
         request = pb.GetRequest(
             request_id=1,
-            chunks=chunk_ids(namespace, keys),
+            chunks=messages.chunk_ids(namespace, keys),
             layers=layers,
             kv_heads=kv_heads,
             form=_FORMS[form],
@@ -247,7 +247,7 @@ class Client:
         for the largest logits only.
         """
         options = {"scale": scale, "softcap": softcap, "first_query": first_query, "window": window, "top_k": top_k}
-        header = attention.header(chunk_ids(namespace, keys), layer, q, mode, options)
+        header = attention.header(messages.chunk_ids(namespace, keys), layer, q, mode, options)
         deadline = time.monotonic() + self._timeout_s
         while True:
             left_s = max(0.0, deadline - time.monotonic())
@@ -273,12 +273,12 @@ class Client:
         tokens: int | None = None,
     ) -> Sequence[Compressed]:
         """Shards of (K, V) of layer first_layer, first_layer + 1, ...; nothing is stored."""
-        encode = self._encode_spec(profile, first_token, raw_tokens, max_relative_error)
+        encode = messages.encode_spec(profile, first_token, raw_tokens, max_relative_error)
 
         def jobs() -> Iterator[Job]:
             for i, (k, v) in enumerate(layers):
                 tensor, body = tensors.pack_kv(k, v, layout, tokens, f"layers[{i}]")
-                yield self._sized(pb.CompressHeader(tensor=tensor, encode=encode, layer=first_layer + i), body)
+                yield messages.sized(pb.CompressHeader(tensor=tensor, encode=encode, layer=first_layer + i), body)
 
         answers = self._exchange(self._stub.Compress, pb.CompressRequest, framed_answers, jobs())
         return [Compressed(a.body, ShardStats.from_proto(a.header.stats)) for a in answers]
@@ -296,7 +296,7 @@ class Client:
 
         def jobs() -> Iterator[Job]:
             for shard in shards:
-                yield self._sized(
+                yield messages.sized(
                     pb.DecompressHeader(dtype=number, layout=packed, low_rank=low_rank), [memoryview(shard)]
                 )
 
@@ -321,7 +321,7 @@ class Client:
         return bool(self._unary(self._stub.Release, pb.ReleaseRequest(lease_id=lease_id)).released)
 
     def stat(self, namespace: str, key: bytes) -> ChunkInfo:
-        response = self._unary(self._stub.Stat, pb.StatRequest(chunk=chunk_id(namespace, key)))
+        response = self._unary(self._stub.Stat, pb.StatRequest(chunk=messages.chunk_id(namespace, key)))
         return ChunkInfo.from_proto(response.chunk, response.shards)
 
     def list(self, namespace: str = "", *, page_size: int = 0) -> Iterator[ChunkInfo]:
@@ -365,7 +365,7 @@ class Client:
             raise from_rpc(error) from None
 
     def _each(self, namespace: str, keys: bytes | Sequence[bytes], request: Any, method: Callable[..., Any]) -> None:
-        ids = chunk_ids(namespace, keys)
+        ids = messages.chunk_ids(namespace, keys)
         first: KVShrinkError | None = None
         for start in range(0, len(ids), _COMMIT_BATCH):
             for status in self._unary(method, request(chunks=ids[start : start + _COMMIT_BATCH])).statuses:
@@ -383,38 +383,3 @@ class Client:
         if commit:
             self.commit(namespace, key)
         return [PutResult.from_proto(layer, answer.header) for layer, answer in enumerate(answers)]
-
-    @staticmethod
-    def _sized(header: Any, body: Sequence[memoryview]) -> Job:
-        job = Job(header, [*body])
-        header.body_bytes = job.body_bytes
-        return job
-
-    @staticmethod
-    def _count(items: Iterable[Any], given: int | None, argument: str) -> int:
-        if given is not None:
-            return given
-        if isinstance(items, Sequence):
-            return len(items)
-        raise InvalidArgument(f"argument '{argument}' is a {type(items).__name__}: needs layer_count")
-
-    @staticmethod
-    def _encode_spec(
-        profile: str | None, first_token: int, raw_tokens: int | None, max_relative_error: float
-    ) -> types.EncodeSpec:
-        return types.EncodeSpec(
-            profile=profile_number(profile),
-            max_relative_error=max_relative_error,
-            raw_tokens=raw_tokens,
-            first_token=first_token,
-        )
-
-
-def chunk_id(namespace: str, key: bytes) -> types.ChunkId:
-    if not isinstance(key, bytes):
-        raise InvalidArgument(f"argument 'key' is a {type(key).__name__}: must be bytes")
-    return types.ChunkId(namespace=namespace, key=key)
-
-
-def chunk_ids(namespace: str, keys: bytes | Sequence[bytes]) -> Sequence[types.ChunkId]:
-    return [chunk_id(namespace, key) for key in ([keys] if isinstance(keys, bytes) else keys)]

@@ -208,7 +208,7 @@ class AnswerFile {
  public:
   explicit AnswerFile(const AttendArguments& arguments) : arguments_(arguments) {}
 
-  void Add(const client::TraceLayer& layer, client::AttendResult answer) {
+  void Add(const client::TraceLayer& layer, const client::AttendResult& answer) {
     const std::string name = StrCat("layer.", layer.layer, ".");
     const uint64_t queries = layer.q->tokens;
     const uint64_t heads = layer.q->q_heads;
@@ -321,7 +321,7 @@ absl::StatusOr<Outcome> RunAttend(const AttendArguments& arguments) {
   LayerResult total;
   AnswerFile file(arguments);
   for (const size_t place : places) {
-    KVSHRINK_ASSIGN_OR_RETURN(Answered answered,
+    KVSHRINK_ASSIGN_OR_RETURN(const Answered answered,
                               AttendLayer(arguments, remote.get(), trace, place, run));
     const LayerResult& result = answered.result;
     Json object = {
@@ -331,7 +331,7 @@ absl::StatusOr<Outcome> RunAttend(const AttendArguments& arguments) {
     table.Add(ToRow(arguments, StrCat(result.layer), result));
     total.Add(result);
     if (!arguments.out.empty()) {
-      file.Add(trace.layers()[place], std::move(answered.answer));
+      file.Add(trace.layers()[place], answered.answer);
     }
     progress.Update(layers.size());
   }

@@ -311,7 +311,7 @@ absl::StatusOr<Outcome> RunGet(const GetArguments& arguments) {
   const auto start = std::chrono::steady_clock::now();
   KVSHRINK_RETURN_IF_ERROR(remote->Get(
       query,
-      [&](client::GotShard got) {
+      [&](const client::GotShard& got) {
         progress.Update(getter.totals().raw_bytes);
         return getter.Add(got, run.keys()[got.chunk]);
       },

@@ -134,7 +134,7 @@ class Evaluator {
   Evaluation Finish() {
     result_.k.mean_rank = ranked_k_ > 0 ? static_cast<double>(rank_sum_k_) / ranked_k_ : 0;
     result_.v.mean_rank = ranked_v_ > 0 ? static_cast<double>(rank_sum_v_) / ranked_v_ : 0;
-    return std::move(result_);
+    return result_;
   }
 
  private:
@@ -183,7 +183,7 @@ absl::StatusOr<Evaluation> Evaluate(const Backend& backend, const Trace& trace,
   Evaluator evaluator(backend, trace);
   uint64_t raw_bytes = 0;
   KVSHRINK_RETURN_IF_ERROR(EncodeTrace(backend, trace, settings, LayerNumbers::kOfTrace,
-                                       [&](CodedShard coded) -> absl::Status {
+                                       [&](const CodedShard& coded) -> absl::Status {
                                          KVSHRINK_RETURN_IF_ERROR(evaluator.AddShard(coded));
                                          raw_bytes += coded.report.raw_bytes;
                                          if (progress) {

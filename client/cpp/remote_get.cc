@@ -210,7 +210,7 @@ absl::Status ExchangeAll(Stream* stream, IdleGuard* guard, const GetQuery& query
       if (result.lost || !result.status.ok()) {
         return result.status;
       }
-      const absl::Status refusal = ToStatus(result.refusal);
+      absl::Status refusal = ToStatus(result.refusal);
       if (refusal.ok()) {
         break;
       }

@@ -110,7 +110,7 @@ absl::StatusOr<EncodedFile> EncodeFile(const Backend& backend, const Trace& trac
   KVSHRINK_ASSIGN_OR_RETURN(KvsWriter writer, KvsWriter::Create(path, std::move(contents)));
   EncodedFile result;
   KVSHRINK_RETURN_IF_ERROR(EncodeTrace(backend, trace, settings, LayerNumbers::kOfTrace,
-                                       [&](CodedShard coded) -> absl::Status {
+                                       [&](const CodedShard& coded) -> absl::Status {
                                          KVSHRINK_RETURN_IF_ERROR(writer.Append(coded.bytes));
                                          AddReport(coded.report, &result.report);
                                          result.seconds += coded.seconds;

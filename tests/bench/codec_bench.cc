@@ -1,4 +1,5 @@
-// Encode, decode and attend on a real layer (SmolLM2, layer 12, 512 tokens x 3 heads x 64). Bytes are raw bytes in fp32, as given.
+// Encode, decode and attend on a real layer (SmolLM2, layer 12, 512 tokens x 3 heads x 64). Bytes
+// are raw bytes in fp32, as given.
 #include <benchmark/benchmark.h>
 
 #include "blocks.h"
@@ -29,27 +30,30 @@ void Finish(benchmark::State& state) {
 void Encode(benchmark::State& state) {
   const auto backend = MakeCpuBackend(static_cast<int>(state.range(1)));
   for (auto _ : state) {
-    benchmark::DoNotOptimize(
-        EncodeShard(*backend, TheLayer().k.View(), TheLayer().v.View(), testing::OptionsOf(ProfileOf(state))));
+    benchmark::DoNotOptimize(EncodeShard(*backend, TheLayer().k.View(), TheLayer().v.View(),
+                                         testing::OptionsOf(ProfileOf(state))));
   }
   Finish(state);
 }
 
 void Decode(benchmark::State& state) {
   const auto backend = MakeCpuBackend(static_cast<int>(state.range(1)));
-  const auto bytes = *EncodeShard(*backend, TheLayer().k.View(), TheLayer().v.View(), testing::OptionsOf(ProfileOf(state)));
+  const auto bytes = *EncodeShard(*backend, TheLayer().k.View(), TheLayer().v.View(),
+                                  testing::OptionsOf(ProfileOf(state)));
   const auto shard = *Shard::Parse(bytes);
   testing::Tensor k = testing::Zeros(shard.header().shape);
   testing::Tensor v = k;
   for (auto _ : state) {
-    benchmark::DoNotOptimize(DecodeShard(*backend, shard, DecodeForm::kFull, k.MutableView(), v.MutableView()));
+    benchmark::DoNotOptimize(
+        DecodeShard(*backend, shard, DecodeForm::kFull, k.MutableView(), v.MutableView()));
   }
   Finish(state);
 }
 
 void Attend(benchmark::State& state) {
   const auto backend = MakeCpuBackend(static_cast<int>(state.range(1)));
-  const auto bytes = *EncodeShard(*backend, TheLayer().k.View(), TheLayer().v.View(), testing::OptionsOf(ProfileOf(state)));
+  const auto bytes = *EncodeShard(*backend, TheLayer().k.View(), TheLayer().v.View(),
+                                  testing::OptionsOf(ProfileOf(state)));
   const auto shard = *Shard::Parse(bytes);
   const AttentionParams params{1, 9, 0, 0, -1, 0};
   const std::vector<float> q = testing::Gaussian({1, 9, 64}, 1).values;

@@ -1,4 +1,5 @@
-// Any bytes as a shard: parsed, decoded and attended, as they are and with checksums made right, so that damage reaches the decoders.
+// Any bytes as a shard: parsed, decoded and attended, as they are and with checksums made right, so
+// that damage reaches the decoders.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -13,7 +14,8 @@ namespace {
 
 using namespace kvshrink;
 
-constexpr size_t kMostEntries = size_t{1} << 16;  // keeps a run fast; the checks before don't depend on it
+constexpr size_t kMostEntries = size_t{1}
+                                << 16;  // keeps a run fast; the checks before don't depend on it
 
 void Require(bool holds) {
   if (!holds) {
@@ -28,8 +30,10 @@ void DecodeAndAttend(const Backend& backend, const Shard& shard) {
   }
   std::vector<float> k(shape.entries());
   std::vector<float> v(shape.entries());
-  const MutableTensor k_out{reinterpret_cast<std::byte*>(k.data()), DType::kFp32, shape, LayoutThd(shape)};
-  const MutableTensor v_out{reinterpret_cast<std::byte*>(v.data()), DType::kFp32, shape, LayoutThd(shape)};
+  const MutableTensor k_out{reinterpret_cast<std::byte*>(k.data()), DType::kFp32, shape,
+                            LayoutThd(shape)};
+  const MutableTensor v_out{reinterpret_cast<std::byte*>(v.data()), DType::kFp32, shape,
+                            LayoutThd(shape)};
   const DecodeForm form = shard.preview() ? DecodeForm::kLowRank : DecodeForm::kFull;
   const absl::Status status = DecodeShard(backend, shard, form, k_out, v_out);
   Require(status.ok() || status.code() == absl::StatusCode::kDataLoss);
@@ -51,7 +55,8 @@ void Sign(std::string* bytes) {
     return;
   }
   const uint64_t heads = format::LoadLittle<uint16_t>(data + at::kKvHeads);
-  const uint64_t blocks = 2 * heads * ((uint64_t{format::LoadLittle<uint32_t>(data + at::kTokens)} + 127) / 128);
+  const uint64_t blocks =
+      2 * heads * ((uint64_t{format::LoadLittle<uint32_t>(data + at::kTokens)} + 127) / 128);
   size_t begin = format::kHeaderBytes;
   const auto sign = [&](uint64_t length, size_t field) {
     if (length <= size - begin) {
@@ -59,7 +64,8 @@ void Sign(std::string* bytes) {
       begin += length;
     }
   };
-  sign(format::LoadLittle<uint32_t>(data + at::kExtBytes) + blocks * format::kIndexEntryBytes, at::kIndexChecksum);
+  sign(format::LoadLittle<uint32_t>(data + at::kExtBytes) + blocks * format::kIndexEntryBytes,
+       at::kIndexChecksum);
   sign(format::LoadLittle<uint64_t>(data + at::kLowBytes), at::kLowChecksum);
   sign(format::LoadLittle<uint64_t>(data + at::kScalesBytes), at::kScalesChecksum);
   sign(format::LoadLittle<uint64_t>(data + at::kCodesBytes), at::kCodesChecksum);

@@ -56,7 +56,7 @@ run_fuzz() {
     echo "--- $name, $FUZZ_SECONDS s"
     code=0
     "$target" -max_total_time="$FUZZ_SECONDS" -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 -verbosity=0 \
-      -artifact_prefix="build/fuzz/$name-" "build/fuzz/$name" "tests/fuzz/corpus/$name" || code=$?
+      -artifact_prefix="build/fuzz/$name-" "build/fuzz/$name" "tests/fuzz/corpus/${name#fuzz_}" || code=$?
     record "fuzz.$name" "$code"
   done
 }

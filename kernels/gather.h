@@ -29,7 +29,4 @@ void ScatterRows(const float* rows, const RowRange& range, const MutableTensor& 
 void ScatterRowBytes(std::span<const uint8_t> bytes, DType from, const RowRange& range,
                      const MutableTensor& tensor);
 
-// `count` packed values; to fp32.
-void ToFloats(const void* values, DType dtype, size_t count, float* floats);
-
 }  // namespace kvshrink

@@ -67,6 +67,11 @@ absl::Status Admission::Take(uint64_t bytes, uint64_t tickets) {
   absl::MutexLock lock(&mu_);
   if (bytes > capacity_bytes_ - bytes_) {
     ++refused_;
+    if (bytes > capacity_bytes_) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("needs ", bytes, " bytes of memory: more than all ", capacity_bytes_,
+                       " of this server (--inflight-bytes)"));
+    }
     return absl::ResourceExhaustedError(absl::StrCat("needs ", bytes,
                                                      " bytes of memory: ", capacity_bytes_ - bytes_,
                                                      " of ", capacity_bytes_, " are free"));

@@ -1,33 +1,12 @@
 #include "service/engine/coding.h"
 
-#include <array>
-#include <bit>
-#include <cmath>
 #include <cstring>
-#include <limits>
 
-#include "Eigen/Core"
 #include "absl/strings/str_cat.h"
 #include "kvshrink/error.h"
 
 namespace kvshrink::service {
 namespace {
-
-// The values of fp8 e4m3 (OCP: no infinity, 7F and FF are NaN).
-std::array<float, 256> MakeFp8Table() {
-  std::array<float, 256> table{};
-  for (int byte = 0; byte < 256; ++byte) {
-    const int exponent = (byte >> 3) & 15;
-    const int mantissa = byte & 7;
-    float value = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
-                                : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
-    if ((byte & 0x7F) == 0x7F) {
-      value = std::numeric_limits<float>::quiet_NaN();
-    }
-    table[static_cast<size_t>(byte)] = (byte & 0x80) != 0 ? -value : value;
-  }
-  return table;
-}
 
 void CopyHeads(const ConstTensor& from, std::span<const uint32_t> heads, const MutableTensor& to) {
   const size_t size = DTypeBytes(from.dtype);
@@ -103,31 +82,6 @@ absl::StatusOr<std::string> DecodeToBytes(const Backend& backend, const Shard& s
   CopyHeads({k, plan.dtype, shape, packed}, kv_heads, plan.K(data));
   CopyHeads({v, plan.dtype, shape, packed}, kv_heads, plan.V(data));
   return body;
-}
-
-void ToFloats(DType dtype, std::string_view bytes, size_t count, float* out) {
-  switch (dtype) {
-    case DType::kFp32:
-      std::memcpy(out, bytes.data(), count * sizeof(float));
-      return;
-    case DType::kFp8E4m3: {
-      static const std::array<float, 256> table = MakeFp8Table();
-      for (size_t i = 0; i < count; ++i) {
-        out[i] = table[static_cast<uint8_t>(bytes[i])];
-      }
-      return;
-    }
-    case DType::kFp16:
-    case DType::kBf16:
-      for (size_t i = 0; i < count; ++i) {
-        uint16_t bits = 0;
-        std::memcpy(&bits, bytes.data() + i * sizeof(bits), sizeof(bits));
-        out[i] = dtype == DType::kBf16
-                     ? std::bit_cast<float>(uint32_t{bits} << 16)
-                     : Eigen::half_impl::half_to_float(Eigen::half_impl::raw_uint16_to_half(bits));
-      }
-      return;
-  }
 }
 
 }  // namespace kvshrink::service

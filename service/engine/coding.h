@@ -28,7 +28,4 @@ absl::StatusOr<std::string> DecodeToBytes(const Backend& backend, const Shard& s
                                           DecodeForm form, const TensorPlan& plan,
                                           std::span<const uint32_t> kv_heads);
 
-// `count` values of `dtype`, packed, as fp32. `bytes` holds at least count x size of dtype bytes.
-void ToFloats(DType dtype, std::string_view bytes, size_t count, float* out);
-
 }  // namespace kvshrink::service

@@ -94,6 +94,22 @@ uint64_t EncodeBytes(const TensorShape& shape, DType dtype) {
   return 2 * PackedBytes(shape, dtype);
 }
 
+// Whether V may start at this element: behind all of K, or beside K in pages that hold both
+// ([B,2,N,H,D]).
+bool PlaceOfV(const TensorShape& shape, const TensorLayout& layout, uint64_t extent,
+              uint64_t offset) {
+  if (offset >= extent) {
+    return true;
+  }
+  if (layout.page_tokens == 0) {
+    return false;
+  }
+  const uint64_t tokens = std::min(shape.tokens, layout.page_tokens);
+  const uint64_t in_page = (tokens - 1) * layout.token_stride +
+                           (shape.kv_heads - uint64_t{1}) * layout.head_stride + shape.head_dim;
+  return offset >= in_page && offset + in_page <= layout.page_stride;
+}
+
 absl::StatusOr<TensorPlan> MakeTensorPlan(DType dtype, const TensorShape& shape,
                                           const TensorLayout& layout, uint64_t v_offset_bytes,
                                           std::string_view field) {
@@ -117,14 +133,15 @@ absl::StatusOr<TensorPlan> MakeTensorPlan(DType dtype, const TensorShape& shape,
     plan.v_offset_bytes = extent_bytes;
   }
   const std::string v_field = StrCat(field, ".v_offset_bytes");
-  if (plan.v_offset_bytes < extent_bytes || plan.v_offset_bytes > size * kMaxStride) {
-    return BadArgument(
-        v_field, v_offset_bytes,
-        StrCat("must be ", extent_bytes, " (the extent of K) to ", size * kMaxStride));
-  }
   if (plan.v_offset_bytes % size != 0) {
     return BadArgument(v_field, v_offset_bytes,
                        StrCat("must be a multiple of ", size, ", the size of ", DTypeName(dtype)));
+  }
+  if (plan.v_offset_bytes > size * kMaxStride ||
+      !PlaceOfV(shape, layout, *extent, plan.v_offset_bytes / size)) {
+    return BadArgument(v_field, v_offset_bytes,
+                       StrCat("must be ", extent_bytes, " (the extent of K) to ", size * kMaxStride,
+                              ", or lie beside K in its pages"));
   }
   plan.bytes = plan.v_offset_bytes + extent_bytes;
   plan.max_bytes = plan.v_offset_bytes + PaddedExtent(shape, layout, *extent) * size;

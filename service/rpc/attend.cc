@@ -77,7 +77,7 @@ absl::Status InChunk(const v1::ChunkId& id, const absl::Status& status) {
 
 absl::StatusOr<std::vector<float>> ToQueries(const AttendDetails& details, std::string_view body) {
   std::vector<float> q(details.task.query_values());
-  ToFloats(details.dtype, body, q.size(), q.data());
+  ToFloats(body.data(), details.dtype, q.size(), q.data());
   for (size_t i = 0; i < q.size(); ++i) {
     if (!std::isfinite(q[i])) {
       return BadArgument(StrCat("queries[", i, "]"), q[i], "must be finite");

@@ -68,6 +68,9 @@ TensorLayout LayoutBhnd(const TensorShape& shape, uint32_t page_tokens);  // [B,
 // overflow of 2^40.
 std::optional<uint64_t> LayoutExtent(const TensorShape& shape, const TensorLayout& layout);
 
+// `count` packed values of a dtype to fp32, exactly.
+void ToFloats(const void* values, DType dtype, size_t count, float* floats);
+
 // Host memory. `data` points at element (0, 0, 0); no alignment is needed, rows are copied
 // byte-wise.
 struct ConstTensor {

@@ -156,6 +156,21 @@ TEST(Layouts, RawProfileIsBitExactInEveryDtype) {
   }
 }
 
+TEST(Layouts, ToFloatsReadsEachDtype) {
+  float out[3] = {};
+  ToFloats("\x00\x3c\x00\xc0\x01\x00", DType::kFp16, 3, out);
+  EXPECT_EQ(out[0], 1.0F);
+  EXPECT_EQ(out[1], -2.0F);
+  EXPECT_EQ(out[2], 0x1p-24F);
+  ToFloats("\x80\x3f\x40\x40", DType::kBf16, 2, out);
+  EXPECT_EQ(out[0], 1.0F);
+  EXPECT_EQ(out[1], 3.0F);
+  ToFloats("\x38\xfe\x01", DType::kFp8E4m3, 3, out);
+  EXPECT_EQ(out[0], 1.0F);
+  EXPECT_EQ(out[1], -448.0F);
+  EXPECT_EQ(out[2], 0x1p-9F);
+}
+
 TEST(Layouts, ExtentOfPagesAndOverflow) {
   const TensorShape shape{33, 2, 8};
   EXPECT_EQ(LayoutExtent(shape, LayoutThd(shape)), 33U * 16);

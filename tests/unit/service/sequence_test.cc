@@ -164,6 +164,14 @@ TEST(TensorPlan, CountsPackedAndPaddedBytes) {
   EXPECT_EQ(paged.max_bytes - paged.bytes, 16U * 4);
 }
 
+TEST(TensorPlan, TakesPagesThatHoldKeysAndValues) {
+  // [B,2,N,H,D] with N = 2, H = 2, D = 8: pages of 64 elements, K in the first half, V in the
+  // second.
+  const TensorShape shape{4, 2, 8};
+  const TensorPlan plan = MakeTensorPlan(DType::kFp16, shape, {2, 64, 16, 8}, 64, "tensor").value();
+  EXPECT_EQ(plan.bytes, 2U * 64 * 2);
+}
+
 TEST(TensorPlan, RefusesWhatDoesNotFit) {
   const TensorShape shape{4, 2, 8};
   const auto message = [&shape](const TensorLayout& layout, uint64_t v_offset) {
@@ -176,23 +184,12 @@ TEST(TensorPlan, RefusesWhatDoesNotFit) {
   EXPECT_THAT(message({0, 0, uint64_t{1} << 40, 8}, 0), HasSubstr("2^40"));
   EXPECT_THAT(message(LayoutThd(shape), 127), HasSubstr("t.v_offset_bytes' is 127"));
   EXPECT_THAT(message(LayoutThd(shape), 129), HasSubstr("multiple of 2"));
+  // In pages that hold K and V, V must lie beside K in its page.
+  const TensorLayout pages{2, 64, 16, 8};
+  EXPECT_THAT(message(pages, 62), HasSubstr("t.v_offset_bytes' is 62"));
+  EXPECT_THAT(message(pages, 66), HasSubstr("t.v_offset_bytes' is 66"));
   EXPECT_THAT(message(LayoutThd(shape), std::numeric_limits<uint64_t>::max() - 1),
               HasSubstr("t.v_offset_bytes"));
-}
-
-TEST(ToFloats, ReadsEachDtype) {
-  float out[3] = {};
-  ToFloats(DType::kFp16, std::string("\x00\x3c\x00\xc0\x01\x00", 6), 3, out);
-  EXPECT_EQ(out[0], 1.0F);
-  EXPECT_EQ(out[1], -2.0F);
-  EXPECT_EQ(out[2], 0x1p-24F);
-  ToFloats(DType::kBf16, std::string("\x80\x3f\x40\x40", 4), 2, out);
-  EXPECT_EQ(out[0], 1.0F);
-  EXPECT_EQ(out[1], 3.0F);
-  ToFloats(DType::kFp8E4m3, std::string("\x38\xfe\x01", 3), 3, out);
-  EXPECT_EQ(out[0], 1.0F);
-  EXPECT_EQ(out[1], -448.0F);
-  EXPECT_EQ(out[2], 0x1p-9F);
 }
 
 TEST(AttendTask, SizesDoNotWrap) {

@@ -2,7 +2,6 @@
 #include "store.h"
 
 #include <algorithm>
-#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -83,9 +82,9 @@ StoreImpl::StoreImpl(const StoreOptions& options, std::unique_ptr<DiskTier> disk
       clock_(options.clock != nullptr ? *options.clock : SystemClock()),
       disk_(std::move(disk)),
       pool_(options.uncommitted_bytes, options.uncommitted_ttl_ms),
-      // Without a disk the index evicts whole chunks; the host tier must not take single shards
-      // from them.
-      host_(disk_ != nullptr ? options.host_bytes : std::numeric_limits<uint64_t>::max()),
+      // Without a disk the index keeps the chunks within this very budget, so that no shard of one
+      // is ever let go alone.
+      host_(options.host_bytes),
       leases_(kMaxLeasedChunks) {}
 
 absl::Status StoreImpl::LoadFromDisk() {

@@ -141,5 +141,39 @@ TEST_P(Concurrency, OneOfManyWritersOfAKeyWins) {
   }
 }
 
+// A chunk that goes while it is read is there or not there: never damaged, and not kept in memory
+// by the reader.
+TEST(ConcurrencyOnDisk, ReadersMeetDeletion) {
+  const TempDir dir;
+  StoreOptions options;
+  options.data_dir = dir.path();
+  options.host_bytes = ChunkCost(1, kSize);  // one shard of the two: readers go to disk and promote
+  const std::unique_ptr<Store> store = OpenStore(options);
+  ASSERT_NE(store, nullptr);
+  std::atomic<bool> ended{false};
+  std::vector<std::thread> readers;
+  for (uint32_t reader = 0; reader < 4; ++reader) {
+    readers.emplace_back([&, reader] {
+      while (!ended) {
+        const absl::StatusOr<FoundShard> shard = store->Get(Key("a"), reader % kLayers);
+        if (shard.ok()) {
+          EXPECT_EQ(*shard->bytes, ShardBytes("a", reader % kLayers, kSize));
+        } else {
+          EXPECT_TRUE(HasCode(shard.status(), StatusCode::kNotFound));
+        }
+      }
+    });
+  }
+  for (int round = 0; round < 2 * kRounds; ++round) {
+    EXPECT_TRUE(CommitChunk(store.get(), Key("a"), kLayers, kSize).ok());
+    EXPECT_TRUE(store->Delete(Key("a")).ok());
+  }
+  ended = true;
+  for (std::thread& reader : readers) reader.join();
+  EXPECT_EQ(Used(*store, TierName::kHost), 0u);
+  EXPECT_EQ(store->Counters().quarantined_shards, 0u);
+  EXPECT_GT(store->Counters().disk_hits, 0u);
+}
+
 }  // namespace
 }  // namespace kvshrink::store

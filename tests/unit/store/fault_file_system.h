@@ -29,7 +29,18 @@ class FaultFileSystem : public rocksdb::FileSystemWrapper {
   void Resume() {
     const std::lock_guard lock(mu_);
     stalled_ = false;
+    stalled_reads_ = false;
     changed_.notify_all();
+  }
+  // From now on reads of blob files wait until Resume.
+  void StallReads() {
+    const std::lock_guard lock(mu_);
+    stalled_reads_ = true;
+  }
+  // Returns when a read stands still.
+  void AwaitStalledRead() {
+    std::unique_lock lock(mu_);
+    changed_.wait(lock, [&] { return waiting_reads_ > 0; });
   }
   // Returns when a sync stands still.
   void AwaitStalledSync() {
@@ -91,8 +102,13 @@ class FaultFileSystem : public rocksdb::FileSystemWrapper {
     synced_bytes_[path] = bytes;
   }
 
-  bool ReadsFail() {
-    const std::lock_guard lock(mu_);
+  // Called before a read; whether it fails.
+  bool ReadFails() {
+    std::unique_lock lock(mu_);
+    ++waiting_reads_;
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return !stalled_reads_; });
+    --waiting_reads_;
     return failing_reads_;
   }
 
@@ -102,6 +118,8 @@ class FaultFileSystem : public rocksdb::FileSystemWrapper {
   bool failing_ = false;
   bool failing_reads_ = false;
   int waiting_ = 0;
+  bool stalled_reads_ = false;
+  int waiting_reads_ = 0;
   std::map<std::string, uint64_t> synced_bytes_;
 };
 
@@ -136,7 +154,7 @@ class FaultFileSystem::BlobReader : public rocksdb::FSRandomAccessFileOwnerWrapp
   rocksdb::IOStatus Read(uint64_t offset, size_t size, const rocksdb::IOOptions& options,
                          rocksdb::Slice* result, char* scratch,
                          rocksdb::IODebugContext* debug) const override {
-    if (system_->ReadsFail()) return rocksdb::IOStatus::IOError("the disk doesn't answer");
+    if (system_->ReadFails()) return rocksdb::IOStatus::IOError("the disk doesn't answer");
     return FSRandomAccessFileOwnerWrapper::Read(offset, size, options, result, scratch, debug);
   }
 

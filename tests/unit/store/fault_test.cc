@@ -108,6 +108,10 @@ TEST_F(Fault, NothingWaitsForACommitsSync) {
   EXPECT_TRUE(commit.get().ok());
   EXPECT_TRUE(again.get().ok());
   EXPECT_TRUE(IsWhole(store_.get(), Key("b"), 2, kSize));
+  // It was written once.
+  EXPECT_EQ(Used(*store_, TierName::kDisk), ChunkCost(4, kSize));
+  store_.reset();
+  EXPECT_EQ(RawDatabase(options_.data_dir).Shards().size(), 4u);
 }
 
 TEST_F(Fault, AChunkBeingCommittedDoesNotExpire) {
@@ -175,6 +179,26 @@ TEST_F(Fault, ReadErrorsOfTheDiskAreNoDamage) {
   EXPECT_EQ(store_->Counters().quarantined_shards, 0u);
   files_->FailReads(false);
   EXPECT_TRUE(IsWhole(store_.get(), Key("a"), 1, kSize));
+}
+
+// What a slow reader brings from a chunk that went meanwhile is still the answer, but isn't kept:
+// nothing would ever let go of it.
+TEST_F(Fault, AReadThatOutlivesItsChunkIsNotKept) {
+  options_.disk_bytes = 1 << 30;
+  Reopen();
+  ASSERT_TRUE(CommitChunk(store_.get(), Key("a"), 1, kSize).ok());
+  Reopen();  // into a blob file, and out of the host tier
+  files_->StallReads();
+  std::future<absl::StatusOr<FoundShard>> get =
+      std::async(std::launch::async, [&] { return store_->Get(Key("a"), 0); });
+  files_->AwaitStalledRead();
+  EXPECT_TRUE(store_->Delete(Key("a")).ok());  // doesn't wait for the reader
+  files_->Resume();
+  const absl::StatusOr<FoundShard> shard = get.get();
+  ASSERT_TRUE(shard.ok()) << shard.status();
+  EXPECT_EQ(*shard->bytes, ShardBytes("a", 0, kSize));
+  EXPECT_EQ(Used(*store_, TierName::kHost), 0u);
+  EXPECT_TRUE(HasCode(store_->Get(Key("a"), 0).status(), StatusCode::kNotFound));
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ std::string Facts(const std::vector<std::pair<std::string, std::string>>& facts)
   }
   std::string text;
   for (const auto& [name, value] : facts) {
-    text += name + std::string(width - name.size() + 2, ' ') + value + "\n";
+    text.append(name).append(width - name.size() + 2, ' ').append(value).append("\n");
   }
   return text;
 }

@@ -38,13 +38,18 @@ def test_commands(daemon: Daemon, tmp_path: Path) -> None:
 def test_python(daemon: Daemon) -> None:
     [script] = blocks("python")
     done = subprocess.run(
-        [sys.executable, "-c", script.replace("127.0.0.1:7420", daemon.target)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script.replace("127.0.0.1:7420", daemon.target)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "(1, 32, 128) (1, 32)" in done.stdout
 
 
-@pytest.mark.parametrize("document", ["README.md", "client/README.md", "tests/README.md", "service/README.md", "kernels/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "client/README.md", "tests/README.md", "service/README.md", "kernels/README.md"]
+)
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):

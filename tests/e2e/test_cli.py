@@ -1,0 +1,142 @@
+"""The command line: its numbers computed a second time, its JSON, its exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from decode_kvs import decode_bytes, describe_bytes
+from support import TRACES, Array, Daemon, attention, layers_of, load_trace, run_cli, run_json
+
+EVAL_FIELDS = {
+    *("profile", "options", "bits_per_entry", "bits_per_entry_k", "bits_per_entry_v", "rel_mse_k", "rel_mse_v"),
+    *("logit_rmse", "attention_rel_error", "attention_kl", "max_block_rel_error", "raw_blocks"),
+    *("mean_rank_k", "mean_rank_v", "encode_mb_per_s", "decode_mb_per_s"),
+}
+
+
+def errors_of(trace: dict[str, Array], decoded: dict[str, Array]) -> dict[str, float]:
+    """The quality figures of `eval`, in double, from the trace and what the Python decoder makes of its file."""
+    squares = {"logits": 0.0, "count": 0.0, "error": 0.0, "energy": 0.0, "kl": 0.0, "rows": 0.0}
+    sums = {kind: [0.0, 0.0] for kind in "kv"}
+    for layer in layers_of(trace):
+        k, v, q = (trace[f"layer.{layer}.{kind}"].astype(np.float64) for kind in "kvq")
+        k2, v2 = (decoded[f"layer.{layer}.{kind}"].astype(np.float64) for kind in "kv")
+        for kind, a, b in (("k", k, k2), ("v", v, v2)):
+            sums[kind][0] += float(((a - b) ** 2).sum())
+            sums[kind][1] += float((a**2).sum())
+        first = len(k) - len(q)
+        output, lse, logits = attention(q, k, v, first)
+        output2, lse2, logits2 = attention(q, k2, v2, first)
+        seen = np.isfinite(logits)
+        squares["error"] += float(((output - output2) ** 2).sum())
+        squares["energy"] += float((output**2).sum())
+        p = np.exp(logits - lse[..., None])
+        change = np.where(seen, logits, 0) - np.where(seen, logits2, 0)  # keys that the query sees
+        squares["logits"] += float((change**2).sum())
+        squares["count"] += float(seen.sum())
+        squares["kl"] += float((p * change).sum() - (lse - lse2).sum())
+        squares["rows"] += lse.size
+    return {
+        "rel_mse_k": sums["k"][0] / sums["k"][1],
+        "rel_mse_v": sums["v"][0] / sums["v"][1],
+        "logit_rmse": float(np.sqrt(squares["logits"] / squares["count"])),
+        "attention_rel_error": squares["error"] / squares["energy"],
+        "attention_kl": squares["kl"] / squares["rows"],
+    }
+
+
+@pytest.mark.parametrize("profile", ["kvs2", "eoptshrinkq2", "tq3"])
+@pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
+def test_eval_is_honest(path: Path, profile: str, tmp_path: Path) -> None:
+    """Every figure again: bits from the bytes of the shards, errors by the second decoder and numpy."""
+    answer = run_json("eval", path, "--profile", profile)
+    (figures,) = answer["profiles"]
+    assert set(figures) >= EVAL_FIELDS
+    run_cli("encode", path, tmp_path / "out.kvs", "--profile", profile)
+    data = (tmp_path / "out.kvs").read_bytes()
+    trace = load_trace(path)
+    decoded, _ = decode_bytes(data)
+    entries = sum(trace[f"layer.{i}.{kind}"].size for i in layers_of(trace) for kind in "kv")
+    shard_bytes = sum(shard["bytes"] for shard in describe_bytes(data, False)["shards"])
+    assert figures["bits_per_entry"] == pytest.approx(8 * shard_bytes / entries)
+    halves = (figures["bits_per_entry_k"] + figures["bits_per_entry_v"]) / 2
+    assert halves == pytest.approx(figures["bits_per_entry"])
+    for name, wanted in errors_of(trace, decoded).items():
+        assert figures[name] == pytest.approx(wanted, rel=2e-3), name
+    assert figures["encode_mb_per_s"] > 0
+    assert figures["decode_mb_per_s"] > 0
+
+
+def test_eval_keeps_the_order_asked() -> None:
+    answer = run_json("eval", TRACES[0], "--profile", "tq2,raw,kvs3")
+    assert [figures["profile"] for figures in answer["profiles"]] == ["tq2", "raw", "kvs3"]
+    raw = answer["profiles"][1]
+    assert raw["rel_mse_k"] == raw["rel_mse_v"] == raw["attention_rel_error"] == 0
+    assert (answer["tokens"], answer["head_dim"], answer["layers"], answer["backend"]) == (512, 64, 6, "cpu")
+
+
+def test_attend_over_the_daemon_is_what_eval_says(daemon: Daemon, namespace: str) -> None:
+    common = ["--server", daemon.target, "--namespace", namespace, "--prefix", "p"]
+    run_json("put", TRACES[0], *common, "--profile", "kvs3")
+    (figures,) = run_json("eval", TRACES[0], "--profile", "kvs3")["profiles"]
+    output = run_json("attend", TRACES[0], *common)
+    assert output["attention_rel_error"] == pytest.approx(figures["attention_rel_error"], rel=1e-2)
+    scores = run_json("attend", TRACES[0], *common, "--mode", "scores")
+    assert scores["logit_rmse"] == pytest.approx(figures["logit_rmse"], rel=0.1)
+    top = run_json("attend", TRACES[0], *common, "--mode", "scores", "--top-k", 8, "--layer", 6)
+    assert [layer["layer"] for layer in top["layers"]] == [6]
+    assert top["wire_bytes"] < scores["wire_bytes"] / 6
+
+
+def test_chunk_commands_tell_what_is_there(daemon: Daemon, namespace: str, tmp_path: Path) -> None:
+    common = ["--server", daemon.target, "--namespace", namespace, "--prefix", "p"]
+    put = run_json("put", TRACES[1], *common, "--profile", "kvs2")
+    assert put["wire_bytes"] < put["raw_bytes"] / 5
+    again = run_json("put", TRACES[1], *common, "--profile", "kvs2")
+    assert again["already_present"] == put["shards"]
+    assert run_json("lookup", *common)["present"] == 2
+    stat = run_json("stat", *common)["chunks"]
+    listed = run_json("ls", "--server", daemon.target, "--namespace", namespace)["chunks"]
+    assert [chunk["key"] for chunk in listed] == [chunk["key"] for chunk in stat] == ["p/0", "p/1"]
+    assert sum(chunk["bytes"] for chunk in stat) == put["encoded_bytes"]
+    assert run_json("info", "--server", daemon.target)["chunks"] >= 2
+    assert run_json("delete", *common)["deleted"] == 2
+    assert "p" in run_cli("get", *common, "--out", tmp_path / "gone.kvs", code=1).stderr
+
+
+FAILURES: list[tuple[int, list[str]]] = [
+    (2, []),
+    (2, ["no-such-command"]),
+    (2, ["encode"]),
+    (2, ["encode", str(TRACES[0]), "out.kvs", "--profile", "kvs9"]),
+    (2, ["put", str(TRACES[0])]),
+    (1, ["encode", "no-such-file", "out.kvs"]),
+    (1, ["decode", str(TRACES[0]), "out.safetensors"]),
+    (1, ["verify", str(TRACES[0])]),
+    (1, ["info", "--server", "127.0.0.1:1", "--timeout-ms", "2000"]),
+]
+
+
+@pytest.mark.parametrize(("code", "arguments"), FAILURES, ids=lambda value: str(value)[-40:])
+def test_failures_have_their_exit_code(
+    code: int, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run_cli(*arguments, code=code)
+    assert result.stderr or result.stdout  # verify tells what it found on stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_is_one_object_and_nothing_else(tmp_path: Path) -> None:
+    for command in (
+        ["encode", TRACES[0], tmp_path / "a.kvs"],
+        ["inspect", tmp_path / "a.kvs"],
+        ["verify", tmp_path / "a.kvs"],
+    ):
+        answer: Any = json.loads(run_cli(*command, "--json").stdout)
+        assert isinstance(answer, dict)

@@ -34,23 +34,25 @@ Head ReadHead(const KeysValues& kv, size_t head) {
   return result;
 }
 
-// Attention of one query over the first keys of a head; buffers are kept from query to query.
+// One query: its logits with all keys of a head, its attention over the visible first ones. Buffers
+// are kept from query to query.
 struct Row {
-  std::vector<double> logits;
-  std::vector<double> weights;
+  std::vector<double> logits;   // of all tokens
+  std::vector<double> weights;  // of the visible ones
   std::vector<double> output;
   double log_sum = 0;  // log of the sum of exp(logit)
 
   void Compute(const Head& head, const float* query, double scale, size_t visible) {
-    logits.assign(visible, 0);
+    logits.assign(head.tokens, 0);
     for (size_t channel = 0; channel < head.head_dim; ++channel) {
       const double factor = static_cast<double>(query[channel]) * scale;
       const double* keys = head.keys.data() + channel * head.tokens;
-      for (size_t token = 0; token < visible; ++token) {
+      for (size_t token = 0; token < head.tokens; ++token) {
         logits[token] += factor * keys[token];
       }
     }
-    const double top = *std::max_element(logits.begin(), logits.end());
+    const double top =
+        *std::max_element(logits.begin(), logits.begin() + static_cast<std::ptrdiff_t>(visible));
     weights.resize(visible);
     double sum = 0;
     for (size_t token = 0; token < visible; ++token) {
@@ -73,6 +75,8 @@ void AddRow(const Row& exact, const Row& coded, AttentionErrors* errors) {
   for (size_t token = 0; token < exact.logits.size(); ++token) {
     const double change = coded.logits[token] - exact.logits[token];
     errors->logit_error_energy += change * change;
+  }
+  for (size_t token = 0; token < exact.weights.size(); ++token) {
     const double log_ratio =
         (exact.logits[token] - exact.log_sum) - (coded.logits[token] - coded.log_sum);
     errors->kl_nats += exact.weights[token] * log_ratio;
@@ -192,7 +196,7 @@ absl::StatusOr<ExactAttention> ComputeAttention(const KeysValues& exact, const Q
         const size_t place = query * queries.q_heads + q_head;
         row.Compute(keys_values, queries.values.data() + place * head_dim, scale,
                     queries.first_position + query + 1);
-        std::copy(row.logits.begin(), row.logits.end(), result.logits.data() + place * tokens);
+        std::copy_n(row.logits.begin(), row.weights.size(), result.logits.data() + place * tokens);
         std::copy(row.output.begin(), row.output.end(), result.output.data() + place * head_dim);
       }
     }

@@ -31,8 +31,7 @@ struct KeysValues {
 
 // Sums over queries, heads and keys, so that layers can be added up.
 struct AttentionErrors {
-  double logit_error_energy =
-      0;  // of the change of q.k x scale, over queries and the keys that they see
+  double logit_error_energy = 0;  // of the change of q.k x scale, over all queries and keys
   uint64_t logits = 0;
   double output_error_energy = 0;  // of the change of the attention outputs
   double output_energy = 0;        // of the exact ones

@@ -53,7 +53,9 @@ def row(results: pathlib.Path, trace: str, measured: dict[str, Any]) -> list[str
 def print_table(rows: list[list[str]]) -> None:
     widths = [max(len(line[i]) for line in [list(COLUMNS), *rows]) for i in range(len(COLUMNS))]
     for line in [list(COLUMNS), *rows]:
-        cells = [line[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
+        cells = [line[0].ljust(widths[0])] + [
+            cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)
+        ]
         print("  ".join(cells))
 
 

@@ -18,6 +18,7 @@ using Clock = std::chrono::steady_clock;
 constexpr int kMaxMessageBytes = 16 << 20;  // a page of List, a Stat of 4096 layers
 constexpr size_t kMaxChunksPerCall = 4096;
 constexpr uint32_t kListPageSize = 1000;
+constexpr int kReconnectMs = 100;  // before the second attempt, then longer
 constexpr char kPushbackKey[] = "grpc-retry-pushback-ms";
 
 // Milliseconds that the server asks to wait; 0: it doesn't want to be asked again.
@@ -94,8 +95,10 @@ absl::StatusOr<std::unique_ptr<Remote>> Remote::Create(const RemoteOptions& opti
   if (options.server.empty()) {
     return BadArgument("server", "''", "must be host:port");
   }
-  const std::pair<const char*, int64_t> timeouts[] = {{"call_timeout_ms", options.call_timeout_ms},
-                                                      {"idle_timeout_ms", options.idle_timeout_ms}};
+  const std::pair<const char*, int64_t> timeouts[] = {
+      {"connect_timeout_ms", options.connect_timeout_ms},
+      {"call_timeout_ms", options.call_timeout_ms},
+      {"idle_timeout_ms", options.idle_timeout_ms}};
   for (const auto& [name, value] : timeouts) {
     if (value < 1) {
       return BadArgument(name, value, "must be at least 1");
@@ -103,8 +106,13 @@ absl::StatusOr<std::unique_ptr<Remote>> Remote::Create(const RemoteOptions& opti
   }
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, kReconnectMs);
   const auto channel =
       grpc::CreateCustomChannel(options.server, grpc::InsecureChannelCredentials(), arguments);
+  // A connection that fails once, as while the daemon starts, is tried again; the calls themselves
+  // fail at once when there is none, and their error says why.
+  channel->WaitForConnected(std::chrono::system_clock::now() +
+                            std::chrono::milliseconds(options.connect_timeout_ms));
   return std::unique_ptr<Remote>(new Remote(options, v1::KVShrink::NewStub(channel)));
 }
 

@@ -64,8 +64,11 @@ absl::Status ToStatus(const grpc::Status& status, const std::string& server) {
   if (status.ok()) {
     return absl::OkStatus();
   }
+  const bool not_there = status.error_code() == grpc::StatusCode::UNAVAILABLE &&
+                         status.error_message().find("failed to connect") != std::string::npos;
   return absl::Status(static_cast<absl::StatusCode>(status.error_code()),
-                      StrCat("server ", server, ": ", status.error_message()));
+                      StrCat("server ", server, ": ", status.error_message(),
+                             not_there ? " - is kvshrinkd running there?" : ""));
 }
 
 }  // namespace kvshrink::client

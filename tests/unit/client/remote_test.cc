@@ -328,6 +328,35 @@ TEST(Remote, NamesTheServerThatIsNotThere) {
   const absl::Status status = (*Remote::Create(options))->Info().status();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(status.message()), HasSubstr("127.0.0.1:1"));
+  EXPECT_THAT(std::string(status.message()), HasSubstr("is kvshrinkd running there?"));
+}
+
+TEST(Remote, WaitsForAServerThatStartsLater) {
+  ScriptedService service;
+  service.info = [](grpc::ServerContext*, v1::ServerInfoResponse* response) {
+    response->set_version("late");
+    return grpc::Status::OK;
+  };
+  const auto start = [&service](const std::string& address, int* port) {
+    grpc::ServerBuilder builder;
+    builder.AddListeningPort(address, grpc::InsecureServerCredentials(), port);
+    builder.RegisterService(&service);
+    return builder.BuildAndStart();
+  };
+  int port = 0;
+  start("127.0.0.1:0", &port)->Shutdown();  // a port that is free now
+  RemoteOptions options;
+  options.server = "127.0.0.1:" + std::to_string(port);
+  options.connect_timeout_ms = 20'000;
+  std::unique_ptr<grpc::Server> server;
+  std::thread late([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    server = start(options.server, &port);
+  });
+  const auto info = (*Remote::Create(options))->Info();
+  late.join();
+  ASSERT_NE(server, nullptr);
+  EXPECT_TRUE(info.ok()) << info.status();
 }
 
 TEST(Remote, ChecksItsOptions) {

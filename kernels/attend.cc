@@ -8,6 +8,7 @@
 #include "gather.h"
 #include "kvshrink/attention.h"
 #include "kvshrink/error.h"
+#include "rope_rows.h"
 #include "stages/rotate.h"
 
 namespace kvshrink {
@@ -53,7 +54,10 @@ struct OpenBlock {
   bool rotated = false;
 };
 
-absl::StatusOr<OpenBlock> Open(const Backend& backend, const Shard& shard, const BlockView& block) {
+// Keys under a rotary embedding are turned in their own basis, so they are decoded: once for all
+// queries, where turning each query back token by token would take as long for every one of them.
+absl::StatusOr<OpenBlock> Open(const Backend& backend, const Shard& shard, const BlockView& block,
+                               const RopeRows* rope) {
   const ShardHeader& header = shard.header();
   const uint32_t d = header.shape.head_dim;
   OpenBlock open;
@@ -67,8 +71,17 @@ absl::StatusOr<OpenBlock> Open(const Backend& backend, const Shard& shard, const
     open.channel.resize(0, d);
     return open;
   }
-  Backend::UnpackedBlock unpacked;
   const Family family = GetProfileInfo(header.profile).family;
+  if (rope != nullptr) {
+    open.residual.resize(block.coded_rows(), d);
+    KVSHRINK_RETURN_IF_ERROR(
+        backend.DecodeBlock(family, block, d, DecodeForm::kFull, open.residual.data()));
+    rope->Redo(block, open.residual.data());
+    open.token.resize(block.coded_rows(), 0);
+    open.channel.resize(0, d);
+    return open;
+  }
+  Backend::UnpackedBlock unpacked;
   KVSHRINK_RETURN_IF_ERROR(backend.UnpackBlock(family, block, d, DecodeForm::kFull, &unpacked));
   open.token = Map(unpacked.token_factors.data(), block.coded_rows(), unpacked.rank);
   open.channel = Map(unpacked.channel_factors.data(), unpacked.rank, d);
@@ -116,8 +129,8 @@ void ToLogits(const AttentionParams& params, uint32_t group, uint32_t d, int64_t
 
 absl::StatusOr<Matrix> BlockLogits(const Backend& backend, const Shard& shard,
                                    const AttentionParams& params, const HeadQueries& queries,
-                                   const BlockView& block) {
-  absl::StatusOr<OpenBlock> keys = Open(backend, shard, block);
+                                   const RopeRows* rope, const BlockView& block) {
+  absl::StatusOr<OpenBlock> keys = Open(backend, shard, block, rope);
   KVSHRINK_RETURN_IF_ERROR(keys.status());
   Matrix logits = Products(*keys, queries);
   const ShardHeader& header = shard.header();
@@ -200,12 +213,14 @@ absl::Status AttentionScores(const Backend& backend, const Shard& shard,
     return BadArgument("shard", "preview", "attention needs the whole shard");
   }
   const uint32_t group = GroupSize(params, header.shape.kv_heads);
+  const std::optional<RopeRows> rope = RopeRowsOf(header);
   for (uint32_t head = 0; head < header.shape.kv_heads; ++head) {
     const HeadQueries queries =
         QueriesOf(params, header.shape.kv_heads, head, header.shape.head_dim, q);
     for (uint32_t b = 0; b < header.blocks_per_head(); ++b) {
       const BlockView& block = shard.block(Kind::kKey, head, b);
-      const absl::StatusOr<Matrix> part = BlockLogits(backend, shard, params, queries, block);
+      const absl::StatusOr<Matrix> part =
+          BlockLogits(backend, shard, params, queries, rope ? &*rope : nullptr, block);
       KVSHRINK_RETURN_IF_ERROR(part.status());
       for (Eigen::Index i = 0; i < part->rows(); ++i) {
         const size_t query = static_cast<size_t>(i) / group;
@@ -238,15 +253,17 @@ absl::Status AttentionAccumulator::Add(const Backend& backend, const Shard& shar
   std::vector<float> lse(lse_.size());
   const uint32_t group = GroupSize(params_, header.shape.kv_heads);
   const stages::Rotation<float> rotation(stages::kRowSeed, head_dim_);
+  const std::optional<RopeRows> rope = RopeRowsOf(header);
   for (uint32_t head = 0; head < header.shape.kv_heads; ++head) {
     const HeadQueries queries = QueriesOf(params_, header.shape.kv_heads, head, head_dim_, q);
     HeadState state(queries.plain.rows(), head_dim_);
     for (uint32_t b = 0; b < header.blocks_per_head(); ++b) {
       absl::StatusOr<Matrix> weights =
-          BlockLogits(backend, shard, params_, queries, shard.block(Kind::kKey, head, b));
+          BlockLogits(backend, shard, params_, queries, rope ? &*rope : nullptr,
+                      shard.block(Kind::kKey, head, b));
       KVSHRINK_RETURN_IF_ERROR(weights.status());
       const absl::StatusOr<OpenBlock> values =
-          Open(backend, shard, shard.block(Kind::kValue, head, b));
+          Open(backend, shard, shard.block(Kind::kValue, head, b), nullptr);
       KVSHRINK_RETURN_IF_ERROR(values.status());
       state.Advance(&*weights);
       state.AddValues(*values, *weights);

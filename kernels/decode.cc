@@ -4,6 +4,7 @@
 #include "gather.h"
 #include "kvshrink/codec.h"
 #include "kvshrink/error.h"
+#include "rope_rows.h"
 
 namespace kvshrink {
 namespace {
@@ -45,8 +46,9 @@ absl::Status ForEachBlock(const Backend& backend, const Shard& shard,
   return first;
 }
 
-absl::Status DecodeInto(const Backend& backend, const Shard& shard, DecodeForm form,
-                        const BlockView& block, const MutableTensor& tensor) {
+// `rope`: of the block's rows, or null.
+absl::Status DecodeInto(const Backend& backend, const Shard& shard, const RopeRows* rope,
+                        DecodeForm form, const BlockView& block, const MutableTensor& tensor) {
   const ShardHeader& header = shard.header();
   const RowRange coded{block.head, block.first_row + block.raw_rows, block.coded_rows()};
   ScatterRowBytes(block.raw, header.dtype, {block.head, block.first_row, block.raw_rows}, tensor);
@@ -60,6 +62,9 @@ absl::Status DecodeInto(const Backend& backend, const Shard& shard, DecodeForm f
     const Family family = GetProfileInfo(header.profile).family;
     KVSHRINK_RETURN_IF_ERROR(
         backend.DecodeBlock(family, block, header.shape.head_dim, form, rows.data()));
+    if (rope != nullptr) {
+      rope->Redo(block, rows.data());
+    }
   }
   ScatterRows(rows.data(), coded, tensor);
   return absl::OkStatus();
@@ -74,8 +79,11 @@ absl::Status DecodeShard(const Backend& backend, const Shard& shard, DecodeForm 
   if (form == DecodeForm::kFull && shard.preview()) {
     return BadArgument("form", "full", "the shard is a preview: only its low-rank part is there");
   }
+  const std::optional<RopeRows> rope = RopeRowsOf(shard.header());
   return ForEachBlock(backend, shard, [&](const BlockView& block) {
-    return DecodeInto(backend, shard, form, block, block.kind == Kind::kKey ? k : v);
+    const bool key = block.kind == Kind::kKey;
+    return DecodeInto(backend, shard, key && rope.has_value() ? &*rope : nullptr, form, block,
+                      key ? k : v);
   });
 }
 

@@ -7,6 +7,7 @@
 #include "gather.h"
 #include "kvshrink/codec.h"
 #include "kvshrink/error.h"
+#include "rope_rows.h"
 #include "stages/exponent.h"
 
 namespace kvshrink {
@@ -51,6 +52,9 @@ absl::Status CheckArguments(const ConstTensor& k, const ConstTensor& v,
     return BadArgument("max_relative_error", options.max_relative_error,
                        "must be finite and not negative");
   }
+  if (options.rope.has_value()) {
+    KVSHRINK_RETURN_IF_ERROR(ValidateRope(*options.rope, k.shape.head_dim));
+  }
   return absl::OkStatus();
 }
 
@@ -67,6 +71,12 @@ class ShardEncoder {
     header_.layer = options.layer;
     header_.raw_rows = std::min(
         k.shape.tokens, options.raw_tokens - std::min(options.raw_tokens, options.first_token));
+    if (options.rope.has_value() && options.profile != Profile::kRaw) {
+      header_.extensions.rope = options.rope;
+      uint32_t& rotary_dim = header_.extensions.rope->rotary_dim;
+      rotary_dim = rotary_dim == 0 ? k.shape.head_dim : rotary_dim;
+    }
+    rope_rows_ = RopeRowsOf(header_);
     settings_ = {options.profile, options.max_relative_error, DTypeBytes(k.dtype)};
     places_.resize(header_.blocks());
     for (uint32_t i = 0; i < header_.blocks(); ++i) {
@@ -102,6 +112,9 @@ class ShardEncoder {
       float* rows = rows_.data() + i * kBlockTokens * d;
       GatherRows(TensorOf(place), {place.head, place.first_row, place.rows}, rows);
       energy_[first + i] = stages::SumOfSquares(rows, place.rows * d);
+      if (rope_rows_.has_value() && place.kind == Kind::kKey) {
+        rope_rows_->Undo(place, rows + place.raw_rows * d);
+      }
       inputs_[i] = {rows, place.rows, header_.shape.head_dim, place.raw_rows};
     });
     backend_.EncodeBlocks(settings_, inputs_, outputs_);
@@ -154,6 +167,7 @@ class ShardEncoder {
   const ConstTensor& k_;
   const ConstTensor& v_;
   ShardHeader header_;
+  std::optional<RopeRows> rope_rows_;
   Backend::BlockSettings settings_;
   std::vector<BlockView> places_;
   std::vector<format::CodedBlock> coded_;

@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "format/extensions.h"
 #include "format/layout.h"
 #include "kvshrink/error.h"
 #include "kvshrink/shard.h"
@@ -200,10 +201,8 @@ absl::StatusOr<Shard> Shard::Parse(std::string_view bytes, Extent extent) {
   KVSHRINK_RETURN_IF_ERROR(CheckChecksum("index", data, at::kIndexChecksum,
                                          data + format::kHeaderBytes,
                                          low_begin - format::kHeaderBytes));
-  if (sections.extensions != 0) {
-    return BadShard("extension", LoadLittle<uint16_t>(data + format::kHeaderBytes),
-                    "unknown to this build");
-  }
+  KVSHRINK_RETURN_IF_ERROR(format::ReadExtensions(
+      {data + format::kHeaderBytes, sections.extensions}, header.shape, &header.extensions));
 
   // The table's size is bounded by the index that is there.
   const Family family = GetProfileInfo(header.profile).family;

@@ -3,12 +3,13 @@
 #include <algorithm>
 #include <array>
 
+#include "format/extensions.h"
 #include "format/layout.h"
 
 namespace kvshrink::format {
 namespace {
 
-void WriteHeader(const ShardHeader& header, uint8_t* data) {
+void WriteHeader(const ShardHeader& header, uint32_t ext_bytes, uint8_t* data) {
   std::copy(kMagic.begin(), kMagic.end(), data);
   StoreLittle<uint16_t>(kVersion, data + offset::kVersion);
   data[offset::kProfile] = static_cast<uint8_t>(header.profile);
@@ -19,6 +20,7 @@ void WriteHeader(const ShardHeader& header, uint8_t* data) {
   StoreLittle<uint32_t>(header.first_token, data + offset::kFirstToken);
   StoreLittle(static_cast<uint16_t>(header.layer), data + offset::kLayer);
   StoreLittle<uint32_t>(header.raw_rows, data + offset::kRawRows);
+  StoreLittle(ext_bytes, data + offset::kExtBytes);
 }
 
 void AppendIndexEntry(const Backend::BlockOutput& block, std::string* out) {
@@ -46,9 +48,11 @@ size_t TotalBytes(std::span<const CodedBlock> blocks) {
 }  // namespace
 
 std::string WriteShard(const ShardHeader& header, std::span<const CodedBlock> blocks) {
+  const std::string extensions = WriteExtensions(header.extensions);
   std::string out;
-  out.reserve(TotalBytes(blocks));
+  out.reserve(extensions.size() + TotalBytes(blocks));
   out.resize(kHeaderBytes, '\0');
+  out.append(extensions);
   for (const CodedBlock& block : blocks) {
     AppendIndexEntry(block.output, &out);
   }
@@ -68,7 +72,7 @@ std::string WriteShard(const ShardHeader& header, std::span<const CodedBlock> bl
   }
 
   auto* data = reinterpret_cast<uint8_t*>(out.data());
-  WriteHeader(header, data);
+  WriteHeader(header, static_cast<uint32_t>(extensions.size()), data);
   const auto section = [&](size_t begin, size_t end, size_t checksum) {
     StoreLittle<uint64_t>(Checksum(data + begin, end - begin), data + checksum);
     return static_cast<uint64_t>(end - begin);

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -14,6 +15,7 @@
 #include "absl/status/statusor.h"
 #include "kvshrink/block.h"
 #include "kvshrink/profile.h"
+#include "kvshrink/rope.h"
 #include "kvshrink/shard.h"
 
 namespace kvshrink {
@@ -31,6 +33,9 @@ struct EncodeOptions {
   // Bound on a block's sum of squared error / sum of squares; 0 = none. A block above it gets more
   // bits, then is kept raw.
   double max_relative_error = 0;
+  // The embedding that K carries: it is undone before coding and redone by decoders. Any profile;
+  // `raw`, which codes nothing, leaves it out.
+  std::optional<Rope> rope;
 };
 
 // What one half (K or V) of a shard became.

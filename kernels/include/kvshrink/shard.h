@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "kvshrink/block.h"
 #include "kvshrink/profile.h"
+#include "kvshrink/rope.h"
 
 namespace kvshrink {
 
@@ -29,6 +31,11 @@ enum class BlockCode : uint8_t {
   kLevels16 = 21,
 };
 
+// What changes the meaning of a shard's codes, where it was used (proto/FORMAT.md section 3.2).
+struct ShardExtensions {
+  std::optional<Rope> rope;  // K is coded before this embedding
+};
+
 struct ShardHeader {
   Profile profile = kDefaultProfile;
   DType dtype = DType::kFp16;
@@ -36,6 +43,7 @@ struct ShardHeader {
   uint32_t first_token = 0;
   uint32_t layer = 0;
   uint32_t raw_rows = 0;
+  ShardExtensions extensions;
 
   uint32_t blocks_per_head() const { return (shape.tokens + kBlockTokens - 1) / kBlockTokens; }
   uint32_t blocks() const { return 2 * shape.kv_heads * blocks_per_head(); }

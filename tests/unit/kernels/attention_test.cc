@@ -102,9 +102,15 @@ TEST(Attend, EqualsPlainAttentionOverDecodedTensors) {
   k.at(150, 1, 3) = 7;
   const auto cpu = MakeCpuBackend(2);
   const auto reference = MakeReferenceBackend();
+  std::vector<EncodeOptions> cases;
   for (const ProfileInfo& profile : AllProfiles()) {
     EncodeOptions options = OptionsOf(profile.profile);
     options.first_token = 2;
+    cases.push_back(options);
+    options.rope = Rope{.theta = 1e5, .rotary_dim = 64};
+    cases.push_back(options);
+  }
+  for (const EncodeOptions& options : cases) {
     const auto bytes = EncodeShard(*cpu, k.View(), v.View(), options);
     ASSERT_TRUE(bytes.ok());
     const auto shard = Shard::Parse(*bytes);
@@ -115,7 +121,9 @@ TEST(Attend, EqualsPlainAttentionOverDecodedTensors) {
           testing::Gaussian({params.queries, params.q_heads, 96}, 7).values;
       const Plain plain = NaiveAttention(*decoded, params, 2, q);
       for (const Backend* backend : {cpu.get(), reference.get()}) {
-        const std::string what = std::string(profile.name) + " " + std::string(backend->name());
+        const std::string what = std::string(GetProfileInfo(options.profile).name) + " " +
+                                 std::string(backend->name()) +
+                                 (options.rope.has_value() ? " rope" : "");
         std::vector<float> logits(size_t{params.queries} * params.q_heads * shape.tokens);
         ASSERT_TRUE(AttentionScores(*backend, *shard, params, q.data(), logits.data()).ok());
         ExpectNear(logits, plain.logits, 1e-4, what);

@@ -26,8 +26,9 @@ namespace kvshrink {
 inline std::vector<BlockCode> LevelLadder(Profile profile) {
   const ProfileInfo& info = GetProfileInfo(profile);
   std::vector<BlockCode> ladder;
-  for (const BlockCode code : {BlockCode::kLevels3, BlockCode::kLevels4, BlockCode::kLevels6,
-                               BlockCode::kLevels8, BlockCode::kLevels12, BlockCode::kLevels16}) {
+  for (const BlockCode code :
+       {BlockCode::kLevels3, BlockCode::kLevels4, BlockCode::kLevels5, BlockCode::kLevels6,
+        BlockCode::kLevels8, BlockCode::kLevels12, BlockCode::kLevels16}) {
     if (format::FamilyHasCode(info.family, code) &&
         stages::CodebookOf(code)->levels >= info.levels) {
       ladder.push_back(code);
@@ -115,7 +116,8 @@ void EncodeBlock(const Backend::BlockSettings& settings, const Backend::BlockInp
   } else {
     EncodeLevels(settings, family, in, stages, out);
   }
-  if (out->factors.size() + out->scales.size() + out->codes.size() >=
+  if (PaddedBytes(out->factors.size()) + PaddedBytes(out->scales.size()) +
+          PaddedBytes(out->codes.size()) >=
       count * settings.raw_value_bytes) {
     KeepRaw(out);
   }

@@ -115,7 +115,7 @@ class ShardEncoder {
       if (rope_rows_.has_value() && place.kind == Kind::kKey) {
         rope_rows_->Undo(place, rows + place.raw_rows * d);
       }
-      inputs_[i] = {rows, place.rows, header_.shape.head_dim, place.raw_rows};
+      inputs_[i] = {rows, place.kind, place.rows, header_.shape.head_dim, place.raw_rows};
     });
     backend_.EncodeBlocks(settings_, inputs_, outputs_);
     for (size_t i = 0; i < count; ++i) {
@@ -140,8 +140,7 @@ class ShardEncoder {
     for (size_t i = 0; i < coded_.size(); ++i) {
       const Backend::BlockOutput& block = coded_[i].output;
       KindReport& kind = places_[i].kind == Kind::kKey ? report.k : report.v;
-      kind.bytes += coded_[i].raw_rows.size() + coded_[i].raw_block.size() + block.factors.size() +
-                    block.scales.size() + block.codes.size();
+      kind.bytes += coded_[i].bytes();
       ++kind.blocks;
       if (block.code == BlockCode::kRaw) {
         ++kind.raw_blocks;

@@ -28,6 +28,8 @@ std::string_view CodeName(BlockCode code) {
       return "3 levels";
     case BlockCode::kLevels4:
       return "4 levels";
+    case BlockCode::kLevels5:
+      return "5 levels";
     case BlockCode::kLevels6:
       return "6 levels";
     case BlockCode::kLevels8:

@@ -76,7 +76,8 @@ absl::Status CpuDecoder::ReadResidual(Family family, const BlockView& block, uin
   }
   scales_.resize(m);
   if (!stages::ReadRowScales<float>(family, d, block.scales, scales_)) {
-    return BadBlock(block, "scale", "a row scale is negative or not finite");
+    return BadBlock(block, "scale",
+                    "a row scale is negative or not finite, or the step is out of range");
   }
   const stages::Codebook& codebook = *stages::CodebookOf(block.code);
   for (uint32_t t = 0; t < m; ++t) {

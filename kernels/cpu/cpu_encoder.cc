@@ -37,6 +37,7 @@ void CpuStages::SetShape(uint32_t n, uint32_t d) {
 void CpuStages::Load(const Backend::BlockInput& in, int exponent) {
   SetShape(in.n, in.d);
   raw_rows_ = in.raw_rows;
+  kind_ = in.kind;
   m_ = in.n - in.raw_rows;
   x_.assign(size_t{n_} * d_, 0.0F);
   const stages::PowerOfTwo down(-exponent);
@@ -169,8 +170,9 @@ void CpuStages::CodeLowRank(Family family, Backend::BlockOutput* out) {
   if (family == Family::kKvs) {
     FindSubspace();
     const int count = static_cast<int>(std::min({size_t{n_}, size_t{d_}, kPanel}));
-    const stages::RankChoice choice = stages::ChooseRank(
-        lambda_.data(), count, energy_, static_cast<int>(n_), static_cast<int>(d_));
+    const stages::RankChoice choice =
+        stages::ChooseRank(lambda_.data(), count, energy_, static_cast<int>(n_),
+                           static_cast<int>(d_), stages::RankPolicyOf(kind_));
     out->rank = static_cast<uint32_t>(choice.rank);
     if (choice.rank > 0) {
       CodeKvsFactors(choice, out);
@@ -190,24 +192,24 @@ double CpuStages::CodeResidual(Family family, BlockCode code, std::vector<uint8_
   row_scales_.resize(m_);
   sums_.resize(m_);
   for (uint32_t t = 0; t < m_; ++t) {
+    const float energy = loops_.energy(coded_.data() + size_t{t} * d_, d_);
+    row_scales_[t] = std::sqrt(energy / static_cast<float>(d_));
+  }
+  stages::WriteRowScales<float>(family, d_, row_scales_, scales);
+  double error = 0;
+  for (uint32_t t = 0; t < m_; ++t) {
     const float* row = coded_.data() + size_t{t} * d_;
     uint8_t* digits = digits_.data() + size_t{t} * d_;
-    const float energy = loops_.energy(row, d_);
-    const float inverse = energy > 0 ? std::sqrt(static_cast<float>(d_) / energy) : 0.0F;
+    const float inverse = row_scales_[t] > 0 ? 1 / row_scales_[t] : 0.0F;
     loops_.quantise(codebook, inverse, row, d_, digits, &sums_[t]);
-    row_scales_[t] = stages::WantedScale(family, sums_[t], d_);
     if (!error_target_.empty()) {
       const float* target = error_target_.data() + size_t{t} * d_;
       sums_[t].energy = loops_.energy(target, d_);
       sums_[t].product = loops_.level_product(codebook, digits, target, d_);
     }
-  }
-  stages::WriteRowScales<float>(family, d_, row_scales_, scales);
-  stages::PackDigits(code, digits_, codes);
-  double error = 0;
-  for (uint32_t t = 0; t < m_; ++t) {
     error += sums_[t].Error(static_cast<double>(row_scales_[t]));
   }
+  stages::PackDigits(code, digits_, codes);
   return error;
 }
 

@@ -35,6 +35,7 @@ class CpuStages {
 
   const Loops& loops_ = ChooseLoops();
   uint32_t n_ = 0, d_ = 0, raw_rows_ = 0, m_ = 0;
+  Kind kind_ = Kind::kKey;
   double energy_ = 0;
   std::vector<float> x_;      // n x d: the scaled block, then its residual
   std::vector<float> coded_;  // m x d, rotated residual

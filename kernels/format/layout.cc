@@ -3,12 +3,25 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "stages/digits.h"
+#include "stages/scales.h"
 
 namespace kvshrink::format {
 
-uint64_t Checksum(const void* data, size_t size) { return XXH64(data, size, 0); }
+uint64_t HeaderChecksum(const void* data, size_t size) { return XXH64(data, size, 0); }
+
+uint64_t SectionChecksum(const void* data, size_t size) {
+  constexpr size_t kPieceBytes = 1024;
+  const auto* bytes = static_cast<const uint8_t*>(data);
+  std::vector<uint8_t> pieces((size + kPieceBytes - 1) / kPieceBytes * sizeof(uint64_t));
+  for (size_t begin = 0; begin < size; begin += kPieceBytes) {
+    StoreLittle<uint64_t>(XXH64(bytes + begin, std::min(kPieceBytes, size - begin), 0),
+                          pieces.data() + begin / kPieceBytes * sizeof(uint64_t));
+  }
+  return XXH64(pieces.data(), pieces.size(), 0);
+}
 
 bool FamilyHasCode(Family family, BlockCode code) {
   switch (code) {
@@ -18,6 +31,7 @@ bool FamilyHasCode(Family family, BlockCode code) {
     case BlockCode::kFp8:
       return family == Family::kFp8;
     case BlockCode::kLevels3:
+    case BlockCode::kLevels5:
     case BlockCode::kLevels6:
     case BlockCode::kLevels12:
       return family == Family::kKvs;
@@ -33,7 +47,7 @@ size_t ScaleBytes(Family family, BlockCode code, uint32_t m) {
   if (!IsLevelCode(code)) {
     return 0;
   }
-  return family == Family::kKvs ? 1 + (size_t{5} * m + 7) / 8 : size_t{2} * m;
+  return family == Family::kKvs ? stages::KvsScaleBytes(m) : size_t{2} * m;
 }
 
 size_t CodeBytes(BlockCode code, uint32_t m, uint32_t d, DType dtype) {

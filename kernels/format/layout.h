@@ -30,8 +30,11 @@ inline constexpr size_t kMagic = 0, kVersion = 4, kProfile = 6, kDType = 7, kHea
                         kScalesChecksum = 72, kCodesChecksum = 80, kHeaderChecksum = 88;
 }  // namespace offset
 
-// XXH64, seed 0.
-uint64_t Checksum(const void* data, size_t size);
+// XXH64, seed 0: of the header.
+uint64_t HeaderChecksum(const void* data, size_t size);
+// Of a section: in two levels, so that its pieces can be read in parallel (proto/FORMAT.md
+// section 3).
+uint64_t SectionChecksum(const void* data, size_t size);
 
 // Whether blocks of the family may have this code.
 bool FamilyHasCode(Family family, BlockCode code);

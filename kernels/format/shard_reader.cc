@@ -39,7 +39,7 @@ absl::Status CheckIntegrityOfHeader(std::string_view bytes, const uint8_t* data)
     return BadShard("version", version, StrCat("this build reads version ", format::kVersion));
   }
   const auto stored = LoadLittle<uint64_t>(data + at::kHeaderChecksum);
-  if (stored != format::Checksum(data, at::kHeaderChecksum)) {
+  if (stored != format::HeaderChecksum(data, at::kHeaderChecksum)) {
     return BadShard("header_checksum", StrCat(absl::Hex(stored)), "doesn't match the header");
   }
   return absl::OkStatus();
@@ -158,7 +158,7 @@ absl::Status CheckSection(std::string_view name, uint64_t stored, uint64_t sum) 
 absl::Status CheckChecksum(std::string_view name, const uint8_t* data, size_t field,
                            const uint8_t* section, size_t size) {
   const auto stored = LoadLittle<uint64_t>(data + field);
-  if (stored != format::Checksum(section, size)) {
+  if (stored != format::SectionChecksum(section, size)) {
     return BadShard(StrCat(name, "_checksum"), StrCat(absl::Hex(stored)),
                     "doesn't match its bytes");
   }
@@ -218,9 +218,9 @@ absl::StatusOr<Shard> Shard::Parse(std::string_view bytes, Extent extent) {
     KVSHRINK_RETURN_IF_ERROR(ReadIndexEntry(data + index_begin + i * format::kIndexEntryBytes, i,
                                             family, header.shape.head_dim, &block, &factor_bytes));
     parts[i] = PartsOf(header, block, factor_bytes);
-    low_sum += parts[i].raw + parts[i].factors;
-    scales_sum += parts[i].scales;
-    codes_sum += parts[i].codes;
+    low_sum += PaddedBytes(parts[i].raw + parts[i].factors);
+    scales_sum += PaddedBytes(parts[i].scales);
+    codes_sum += PaddedBytes(parts[i].codes);
   }
   KVSHRINK_RETURN_IF_ERROR(CheckSection("low", sections.low, low_sum));
   KVSHRINK_RETURN_IF_ERROR(CheckSection("scales", sections.scales, scales_sum));
@@ -249,12 +249,12 @@ absl::StatusOr<Shard> Shard::Parse(std::string_view bytes, Extent extent) {
     BlockView& block = shard.blocks_[i];
     block.raw = {low, parts[i].raw};
     block.factors = {low + parts[i].raw, parts[i].factors};
-    low += parts[i].raw + parts[i].factors;
+    low += PaddedBytes(parts[i].raw + parts[i].factors);
     if (whole) {
       block.scales = {scales, parts[i].scales};
       block.codes = {codes, parts[i].codes};
-      scales += parts[i].scales;
-      codes += parts[i].codes;
+      scales += PaddedBytes(parts[i].scales);
+      codes += PaddedBytes(parts[i].codes);
     }
     if (family == Family::kKvs && block.rank > 0) {
       KVSHRINK_RETURN_IF_ERROR(CheckKvsFactors(block, i, header.shape.head_dim));

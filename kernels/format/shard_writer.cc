@@ -36,11 +36,15 @@ void Append(const std::vector<uint8_t>& bytes, std::string* out) {
   out->append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
+// Ends a block's part of a section that begins at `section`.
+void Pad(size_t section, std::string* out) {
+  out->resize(section + PaddedBytes(out->size() - section), '\0');
+}
+
 size_t TotalBytes(std::span<const CodedBlock> blocks) {
   size_t total = kHeaderBytes;
   for (const CodedBlock& block : blocks) {
-    total += kIndexEntryBytes + block.raw_rows.size() + block.raw_block.size() +
-             block.output.factors.size() + block.output.scales.size() + block.output.codes.size();
+    total += kIndexEntryBytes + block.bytes();
   }
   return total;
 }
@@ -60,21 +64,24 @@ std::string WriteShard(const ShardHeader& header, std::span<const CodedBlock> bl
   for (const CodedBlock& block : blocks) {
     out.append(block.raw_rows);
     Append(block.output.factors, &out);
+    Pad(low_begin, &out);
   }
   const size_t scales_begin = out.size();
   for (const CodedBlock& block : blocks) {
     Append(block.output.scales, &out);
+    Pad(scales_begin, &out);
   }
   const size_t codes_begin = out.size();
   for (const CodedBlock& block : blocks) {
     Append(block.output.codes, &out);
     out.append(block.raw_block);
+    Pad(codes_begin, &out);
   }
 
   auto* data = reinterpret_cast<uint8_t*>(out.data());
   WriteHeader(header, static_cast<uint32_t>(extensions.size()), data);
   const auto section = [&](size_t begin, size_t end, size_t checksum) {
-    StoreLittle<uint64_t>(Checksum(data + begin, end - begin), data + checksum);
+    StoreLittle<uint64_t>(SectionChecksum(data + begin, end - begin), data + checksum);
     return static_cast<uint64_t>(end - begin);
   };
   section(kHeaderBytes, low_begin, offset::kIndexChecksum);
@@ -82,7 +89,8 @@ std::string WriteShard(const ShardHeader& header, std::span<const CodedBlock> bl
   StoreLittle(section(scales_begin, codes_begin, offset::kScalesChecksum),
               data + offset::kScalesBytes);
   StoreLittle(section(codes_begin, out.size(), offset::kCodesChecksum), data + offset::kCodesBytes);
-  StoreLittle<uint64_t>(Checksum(data, offset::kHeaderChecksum), data + offset::kHeaderChecksum);
+  StoreLittle<uint64_t>(HeaderChecksum(data, offset::kHeaderChecksum),
+                        data + offset::kHeaderChecksum);
   return out;
 }
 

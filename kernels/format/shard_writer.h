@@ -14,6 +14,12 @@ struct CodedBlock {
   Backend::BlockOutput output;
   std::string raw_rows;   // exact bytes of the raw rows
   std::string raw_block;  // exact bytes of the coded rows, when output.code is kRaw
+
+  // Of its parts, padding included.
+  size_t bytes() const {
+    return PaddedBytes(raw_rows.size() + output.factors.size()) +
+           PaddedBytes(output.scales.size()) + PaddedBytes(output.codes.size() + raw_block.size());
+  }
 };
 
 // blocks: header.blocks() of them, in the order of the format.

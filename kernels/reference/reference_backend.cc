@@ -56,7 +56,8 @@ absl::Status ReadResidual(Family family, const BlockView& block, uint32_t d, Mat
   }
   std::vector<double> scales(m);
   if (!stages::ReadRowScales<double>(family, d, block.scales, scales)) {
-    return BadBlock(block, "scale", "a row scale is negative or not finite");
+    return BadBlock(block, "scale",
+                    "a row scale is negative or not finite, or the step is out of range");
   }
   const stages::Rotation<double> rotation(stages::kRowSeed, d);
   *residual = Matrix(m, d);

@@ -29,6 +29,7 @@ Matrix Orthonormalised(const Matrix& columns) {
 
 void ReferenceStages::Load(const Backend::BlockInput& in, int exponent) {
   raw_rows_ = in.raw_rows;
+  kind_ = in.kind;
   x_ = Matrix::Zero(in.n, in.d);
   for (uint32_t t = in.raw_rows; t < in.n; ++t) {
     for (uint32_t c = 0; c < in.d; ++c) {
@@ -131,9 +132,9 @@ void ReferenceStages::CodeLowRank(Family family, Backend::BlockOutput* out) {
   const auto d = static_cast<uint32_t>(x_.cols());
   if (family == Family::kKvs) {
     const Spectrum spectrum = LeadingEigenpairs();
-    const stages::RankChoice choice =
-        stages::ChooseRank(spectrum.values.data(), static_cast<int>(spectrum.values.size()),
-                           energy(), static_cast<int>(n), static_cast<int>(d));
+    const stages::RankChoice choice = stages::ChooseRank(
+        spectrum.values.data(), static_cast<int>(spectrum.values.size()), energy(),
+        static_cast<int>(n), static_cast<int>(d), stages::RankPolicyOf(kind_));
     out->rank = static_cast<uint32_t>(choice.rank);
     const Matrix low = choice.rank > 0 ? CodeKvsFactors(spectrum, choice, out) : Matrix::Zero(n, d);
     residual_ = (x_ - low).bottomRows(m);
@@ -166,30 +167,25 @@ double ReferenceStages::CodeResidual(Family family, BlockCode code, std::vector<
   const auto d = static_cast<uint32_t>(residual_.cols());
   std::vector<uint8_t> digits;
   std::vector<double> row_scales;
-  std::vector<stages::RowSums<double>> sums;
   for (Eigen::Index t = 0; t < residual_.rows(); ++t) {
-    stages::RowSums<double> own;
-    stages::RowSums<double> target;
-    own.energy = residual_.row(t).squaredNorm();
-    target.energy = error_target_.row(t).squaredNorm();
-    const double inverse = own.energy > 0 ? std::sqrt(d / own.energy) : 0;
-    for (uint32_t c = 0; c < d; ++c) {
-      const int digit = stages::NearestDigit(codebook, residual_(t, c) * inverse);
-      digits.push_back(static_cast<uint8_t>(digit));
-      const auto level = static_cast<double>(codebook.level[digit]);
-      own.level_energy += level * level;
-      target.product += level * error_target_(t, c);
-    }
-    target.level_energy = own.level_energy;
-    row_scales.push_back(stages::WantedScale(family, own, d));
-    sums.push_back(target);
+    row_scales.push_back(std::sqrt(residual_.row(t).squaredNorm() / d));
   }
   stages::WriteRowScales<double>(family, d, row_scales, scales);
-  stages::PackDigits(code, digits, codes);
   double error = 0;
-  for (size_t t = 0; t < sums.size(); ++t) {
-    error += sums[t].Error(row_scales[t]);
+  for (Eigen::Index t = 0; t < residual_.rows(); ++t) {
+    const double scale = row_scales[static_cast<size_t>(t)];
+    stages::RowSums<double> sums;
+    sums.energy = error_target_.row(t).squaredNorm();
+    for (uint32_t c = 0; c < d; ++c) {
+      const int digit = stages::NearestDigit(codebook, scale > 0 ? residual_(t, c) / scale : 0.0);
+      digits.push_back(static_cast<uint8_t>(digit));
+      const auto level = static_cast<double>(codebook.level[digit]);
+      sums.level_energy += level * level;
+      sums.product += level * error_target_(t, c);
+    }
+    error += sums.Error(scale);
   }
+  stages::PackDigits(code, digits, codes);
   return error;
 }
 

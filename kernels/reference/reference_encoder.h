@@ -40,6 +40,7 @@ class ReferenceStages {
 
   bool exact_;
   uint32_t raw_rows_ = 0;
+  Kind kind_ = Kind::kKey;
   Matrix x_;             // n x d, scaled, raw rows zero
   Matrix residual_;      // m x d, rotated: what is coded
   Matrix error_target_;  // m x d, rotated: what the coded residual should have been, given the

@@ -19,6 +19,11 @@ inline constexpr float kPositiveLevels4[] = {
     0.452780038f,
     1.51041758f,
 };
+inline constexpr float kPositiveLevels5[] = {
+    0.0f,
+    0.764567554f,
+    1.72414744f,
+};
 inline constexpr float kPositiveLevels6[] = {
     0.31771636f,
     1.0001061f,
@@ -117,6 +122,7 @@ struct CodebookTable {
 
 inline constexpr CodebookTable<3> kTable3{kPositiveLevels3};
 inline constexpr CodebookTable<4> kTable4{kPositiveLevels4};
+inline constexpr CodebookTable<5> kTable5{kPositiveLevels5};
 inline constexpr CodebookTable<6> kTable6{kPositiveLevels6};
 inline constexpr CodebookTable<8> kTable8{kPositiveLevels8};
 inline constexpr CodebookTable<12> kTable12{kPositiveLevels12};
@@ -133,6 +139,7 @@ constexpr Codebook MakeCodebook(const CodebookTable<kLevels>& table, double dist
 
 inline constexpr Codebook kLevels3 = MakeCodebook(kTable3, 0.190174039);
 inline constexpr Codebook kLevels4 = MakeCodebook(kTable4, 0.117481848);
+inline constexpr Codebook kLevels5 = MakeCodebook(kTable5, 0.0799411272);
 inline constexpr Codebook kLevels6 = MakeCodebook(kTable6, 0.0579776537);
 inline constexpr Codebook kLevels8 = MakeCodebook(kTable8, 0.0345477608);
 inline constexpr Codebook kLevels12 = MakeCodebook(kTable12, 0.0163396579);

@@ -29,7 +29,6 @@ struct GroupTable {
 
 constexpr GroupTable<3, 5> kTernaryGroups;
 constexpr GroupTable<4, 4> kQuaternaryGroups;
-constexpr GroupTable<6, 3> kSenaryGroups;
 constexpr GroupTable<16, 2> kHexGroups;
 
 template <int kLevels, int kDigits>
@@ -47,12 +46,24 @@ bool UnpackByteGroups(const GroupTable<kLevels, kDigits>& table, std::span<const
   return valid;
 }
 
-uint32_t PowerOf(uint32_t base, int exponent) {
-  uint32_t power = 1;
-  for (int i = 0; i < exponent; ++i) {
-    power *= base;
+// Groups of fields that are no bytes. Constants let the compiler divide by multiplication.
+template <uint32_t kLevels, size_t kDigits, int kBits>
+bool UnpackFields(std::span<const uint8_t> bytes, std::span<uint8_t> digits) {
+  uint32_t limit = 1;
+  for (size_t i = 0; i < kDigits; ++i) {
+    limit *= kLevels;
   }
-  return power;
+  BitReader reader(bytes);
+  bool valid = true;
+  for (size_t start = 0; start < digits.size(); start += kDigits) {
+    uint32_t number = reader.Get(kBits);
+    valid &= number < limit;
+    for (size_t i = start; i < start + kDigits && i < digits.size(); ++i) {
+      digits[i] = static_cast<uint8_t>(number % kLevels);
+      number /= kLevels;
+    }
+  }
+  return valid;
 }
 
 }  // namespace
@@ -73,33 +84,24 @@ void PackDigits(BlockCode code, std::span<const uint8_t> digits, std::vector<uin
 }
 
 bool UnpackDigits(BlockCode code, std::span<const uint8_t> bytes, std::span<uint8_t> digits) {
-  if (code == BlockCode::kLevels3) {
-    return UnpackByteGroups(kTernaryGroups, bytes, digits);
+  switch (code) {
+    case BlockCode::kLevels3:
+      return UnpackByteGroups(kTernaryGroups, bytes, digits);
+    case BlockCode::kLevels4:
+      return UnpackByteGroups(kQuaternaryGroups, bytes, digits);
+    case BlockCode::kLevels5:
+      return UnpackFields<5, 3, 7>(bytes, digits);
+    case BlockCode::kLevels6:
+      return UnpackFields<6, 5, 13>(bytes, digits);
+    case BlockCode::kLevels8:
+      return UnpackFields<8, 1, 3>(bytes, digits);
+    case BlockCode::kLevels12:
+      return UnpackFields<12, 5, 18>(bytes, digits);
+    case BlockCode::kLevels16:
+      return UnpackByteGroups(kHexGroups, bytes, digits);
+    default:
+      return false;
   }
-  if (code == BlockCode::kLevels4) {
-    return UnpackByteGroups(kQuaternaryGroups, bytes, digits);
-  }
-  if (code == BlockCode::kLevels6) {
-    return UnpackByteGroups(kSenaryGroups, bytes, digits);
-  }
-  if (code == BlockCode::kLevels16) {
-    return UnpackByteGroups(kHexGroups, bytes, digits);
-  }
-  const Grouping grouping = GroupingOf(code);
-  const auto levels = static_cast<uint32_t>(CodebookOf(code)->levels);
-  const uint32_t limit = PowerOf(levels, grouping.digits);
-  BitReader reader(bytes);
-  bool valid = true;
-  for (size_t start = 0; start < digits.size(); start += static_cast<size_t>(grouping.digits)) {
-    uint32_t number = reader.Get(grouping.bits);
-    valid &= number < limit;
-    for (size_t i = start; i < start + static_cast<size_t>(grouping.digits) && i < digits.size();
-         ++i) {
-      digits[i] = static_cast<uint8_t>(number % levels);
-      number /= levels;
-    }
-  }
-  return valid;
 }
 
 }  // namespace kvshrink::stages

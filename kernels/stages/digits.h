@@ -78,8 +78,10 @@ constexpr Grouping GroupingOf(BlockCode code) {
   switch (code) {
     case BlockCode::kLevels3:
       return {5, 8};
+    case BlockCode::kLevels5:
+      return {3, 7};
     case BlockCode::kLevels6:
-      return {3, 8};
+      return {5, 13};
     case BlockCode::kLevels12:
       return {5, 18};
     case BlockCode::kLevels4:
@@ -99,6 +101,8 @@ constexpr const Codebook* CodebookOf(BlockCode code) {
       return &kLevels3;
     case BlockCode::kLevels4:
       return &kLevels4;
+    case BlockCode::kLevels5:
+      return &kLevels5;
     case BlockCode::kLevels6:
       return &kLevels6;
     case BlockCode::kLevels8:

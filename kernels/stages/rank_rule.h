@@ -7,6 +7,7 @@
 #include <array>
 #include <cmath>
 
+#include "kvshrink/shard.h"
 #include "stages/codebook.h"
 
 namespace kvshrink::stages {
@@ -14,6 +15,18 @@ namespace kvshrink::stages {
 inline constexpr int kRankCap = 12;
 // Bits that a component costs beside its digits: two counts and a scale.
 inline constexpr int kComponentOverheadBits = 16;
+
+// What a component's bits count for and how many a block may have. An error of K moves the
+// attention weights of all queries, one of V is averaged by them: K is worth more bits than V
+// (measured on attention outputs at equal total).
+struct RankPolicy {
+  double price = 1;  // on the rate term
+  int cap = kRankCap;
+};
+
+constexpr RankPolicy RankPolicyOf(Kind kind) {
+  return kind == Kind::kKey ? RankPolicy{0.6, 12} : RankPolicy{1.1, 9};
+}
 
 struct FactorBits {
   int token = 0;    // x: bits per entry of the factor over tokens
@@ -27,14 +40,15 @@ struct RankChoice {
 
 // lambda[0..count): squared singular values, descending. energy = ||X||_F^2. The block is n x d.
 // With E the energy that is left before component i, J(x, y) = ln((E - lambda_i + min(1, D_x + D_y)
-// lambda_i) / E) + (2 ln 2 / (n d)) (x n + y d + overhead): the gain of the residual at a fixed
-// rate against the component's bits, both in nats per entry and halved alike.
+// lambda_i) / E) + price (2 ln 2 / (n d)) (x n + y d + overhead): the gain of the residual at a
+// fixed rate against the component's bits, both in nats per entry and halved alike.
 template <typename T>
-RankChoice ChooseRank(const T* lambda, int count, T energy, int n, int d) {
+RankChoice ChooseRank(const T* lambda, int count, T energy, int n, int d, RankPolicy policy) {
   RankChoice choice;
   T left = energy;
-  const T price = T{2} * T(0.693147180559945309) / (static_cast<T>(n) * static_cast<T>(d));
-  for (int i = 0; i < std::min(count, kRankCap); ++i) {
+  const T price = static_cast<T>(policy.price) * T{2} * T(0.693147180559945309) /
+                  (static_cast<T>(n) * static_cast<T>(d));
+  for (int i = 0; i < std::min(count, policy.cap); ++i) {
     const T value = std::min(lambda[i], left);
     if (!(value > T{0})) {
       break;

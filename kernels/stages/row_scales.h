@@ -15,8 +15,6 @@
 
 namespace kvshrink::stages {
 
-inline constexpr int kOffsetBits = 5;
-
 // Sums over one rotated row x and its levels l.
 template <typename T>
 struct RowSums {
@@ -32,17 +30,10 @@ struct RowSums {
   }
 };
 
-// The scale that an encoder wants: kvs takes the matched norm rms(x) / rms(l), TurboQuant's is the
-// row's own rms.
-template <typename T>
-KVS_FN T WantedScale(Family family, const RowSums<T>& sums, uint32_t d) {
-  if (family != Family::kKvs) {
-    return std::sqrt(sums.energy / static_cast<T>(d));
-  }
-  return sums.level_energy > T{0} ? std::sqrt(sums.energy / sums.level_energy) : T{0};
-}
-
-// Appends the SCALES record of a block. Replaces each wanted scale by the one that a decoder gets.
+// Appends the SCALES record of a block, whose rows want the scales given: their root mean square.
+// Replaces each by the one that a decoder gets; an encoder takes the digits against that one, so
+// that the rounding of a scale moves the quantiser a little off its best place and is no error of
+// the row's length.
 template <typename T>
 void WriteRowScales(Family family, uint32_t d, std::span<T> scales, std::vector<uint8_t>* out) {
   if (family != Family::kKvs) {
@@ -55,18 +46,27 @@ void WriteRowScales(Family family, uint32_t d, std::span<T> scales, std::vector<
     }
     return;
   }
-  const uint8_t largest = EncodeScale8(*std::max_element(scales.begin(), scales.end()));
-  const T block_scale = DecodeScale8<T>(largest);
-  out->push_back(largest);
+  T largest = T{0};
+  T smallest = T{0};
+  for (const T scale : scales) {
+    largest = std::max(largest, scale);
+    smallest = scale > T{0} && (smallest == T{0} || scale < smallest) ? scale : smallest;
+  }
+  const uint8_t q = EncodeScale8(largest);
+  const T block_scale = DecodeScale8<T>(q);
+  const int step = OffsetStep(block_scale, smallest);
+  out->push_back(q);
+  out->push_back(static_cast<uint8_t>(step));
   BitWriter writer(out);
   for (T& scale : scales) {
-    const uint8_t offset = EncodeOffset(scale, block_scale);
+    const uint8_t offset = EncodeOffset(scale, block_scale, step);
     writer.Put(offset, kOffsetBits);
-    scale = block_scale * DecodeOffset<T>(offset);
+    scale = block_scale * DecodeOffset<T>(offset, step);
   }
 }
 
-// The other way. False when a fp16 norm is negative or not finite. `bytes` has the record's size.
+// The other way. False when a fp16 norm is negative or not finite, or the step is out of range.
+// `bytes` has the record's size.
 template <typename T>
 bool ReadRowScales(Family family, uint32_t d, std::span<const uint8_t> bytes, std::span<T> scales) {
   if (family != Family::kKvs) {
@@ -80,11 +80,12 @@ bool ReadRowScales(Family family, uint32_t d, std::span<const uint8_t> bytes, st
     return valid;
   }
   const T block_scale = DecodeScale8<T>(bytes[0]);
-  BitReader reader(bytes.subspan(1));
+  const int step = bytes[1];
+  BitReader reader(bytes.subspan(2));
   for (T& scale : scales) {
-    scale = block_scale * DecodeOffset<T>(static_cast<int>(reader.Get(kOffsetBits)));
+    scale = block_scale * DecodeOffset<T>(static_cast<int>(reader.Get(kOffsetBits)), step);
   }
-  return true;
+  return step >= 1 && step <= kMaxStep;
 }
 
 }  // namespace kvshrink::stages

@@ -32,7 +32,7 @@ def test_put_and_get(client: Client, smollm2: dict[str, Array], namespace: str, 
     for item, result, (k, v) in zip(fetched, results, layers, strict=True):
         assert item.k.shape == k.shape
         assert item.k.dtype == k.dtype  # the original's by default
-        assert same_bits(item.k[:4], k[:4])  # the first four tokens of a sequence are kept exactly
+        assert same_bits(item.k[:1], k[:1])  # the first token of a sequence is kept exactly
         for got, wanted, stats in ((item.k, k, result.stats.k), (item.v, v, result.stats.v)):
             error = relative_error(got, wanted)
             assert error <= BOUNDS.get(profile, 0.3)

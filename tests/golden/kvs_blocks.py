@@ -28,6 +28,7 @@ from kvs_shard import (
     ceil_div,
     kvs_factor_bits,
     parse_shard,
+    require,
 )
 
 Floats = npt.NDArray[np.float64]
@@ -165,8 +166,10 @@ def kvs_low(shard: Shard, block: Block) -> Floats:
 
 def kvs_residual(shard: Shard, block: Block) -> Floats:
     record, d = shard.data[block.scales], shard.header.head_dim
-    offsets = bit_fields(record[1:], 0, 5, block.m)
-    gains = np.where(offsets == 31, 0.0, scale8(record[0]) * np.exp2(-offsets / 6))
+    step = int(record[1])
+    require(1 <= step <= 64, f"block[{block.number}].scale", step, "the step must be 1..64")
+    offsets = bit_fields(record[2:], 0, 4, block.m)
+    gains = np.where(offsets == 15, 0.0, scale8(record[0]) * np.exp2(-offsets * step / 16))
     levels = L[LEVELS[block.code]][residual_digits(shard, block)]
     return gains[:, None] * (levels @ rotation(1, d))
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from xxh64 import xxh64
+from xxh64 import section_checksum, xxh64
 
 Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -27,14 +27,14 @@ DTYPES = ("fp32", "fp16", "bf16", "fp8_e4m3")
 DTYPE_BYTES = (4, 2, 2, 1)
 
 ZERO, RAW, FP8 = 0, 1, 2
-LEVELS = {16: 3, 17: 4, 18: 6, 19: 8, 20: 12, 21: 16}  # code -> levels of its alphabet
-PLAIN_BITS = {17: 2, 19: 3, 21: 4}  # code -> bits of a digit
-GROUPS = {16: (5, 8), 18: (3, 8), 20: (5, 18)}  # code -> digits of a group, bits of its field
+LEVELS = {16: 3, 17: 4, 18: 5, 19: 6, 20: 8, 21: 12, 22: 16}  # code -> levels of its alphabet
+PLAIN_BITS = {17: 2, 20: 3, 22: 4}  # code -> bits of a digit
+GROUPS = {16: (5, 8), 18: (3, 7), 19: (5, 13), 21: (5, 18)}  # code -> digits of a group, bits of its field
 CODES_OF_FAMILY = {
     "raw": {ZERO, RAW},
     "fp8": {ZERO, RAW, FP8},
-    "tq": {ZERO, RAW, 17, 19, 21},
-    "eoptshrinkq": {ZERO, RAW, 17, 19, 21},
+    "tq": {ZERO, RAW, 17, 20, 22},
+    "eoptshrinkq": {ZERO, RAW, 17, 20, 22},
     "kvs": {ZERO, RAW, *LEVELS},
 }
 
@@ -207,9 +207,13 @@ def codes_bytes_of(header: Header, code: Ints, m: Ints) -> Ints:
     return sizes
 
 
+def padded(sizes: Ints) -> Ints:
+    return (sizes + 3) // 4 * 4
+
+
 def place(start: int, sizes: Ints) -> list[int]:
-    """Offsets of consecutive parts: one more than there are parts."""
-    return [start, *(start + np.cumsum(sizes)).tolist()]
+    """Offsets of consecutive padded parts: one more than there are parts."""
+    return [start, *(start + np.cumsum(padded(sizes))).tolist()]
 
 
 def kvs_factor_bits(shard: Shard, block: Block) -> tuple[Ints, Ints]:
@@ -241,11 +245,11 @@ def check_layout(header: Header, index: npt.NDArray[Any], n: Ints, m: Ints) -> L
     layout = Layout(
         raw=(n - m) * header.head_dim * DTYPE_BYTES[DTYPES.index(header.dtype)],
         factors=index["factor_bytes"].astype(np.int64),
-        scales=np.where(code < 16, 0, 1 + (5 * m + 7) // 8 if header.family == "kvs" else 2 * m),
+        scales=np.where(code < 16, 0, 2 + (m + 1) // 2 if header.family == "kvs" else 2 * m),
         codes=codes_bytes_of(header, code, m),
     )
     for name, sizes in (("low", layout.raw + layout.factors), ("scales", layout.scales), ("codes", layout.codes)):
-        given, total = int(getattr(header, f"{name}_bytes")), int(sizes.sum())
+        given, total = int(getattr(header, f"{name}_bytes")), int(padded(sizes).sum())
         require(given == total, f"{name}_bytes", given, f"the index gives {total}")
     return layout
 
@@ -261,7 +265,7 @@ def check_sections(header: Header, data: memoryview, low_start: int, checksums: 
         require(len(data) == end, "size", len(data), f"must be {end}")
     for name, first, last in (("low", low_start, low_end), ("scales", low_end, scales_end), ("codes", scales_end, end)):
         if last <= len(data):
-            ok = checksums[name] == xxh64(data[first:last])
+            ok = checksums[name] == section_checksum(data[first:last])
             require(ok, f"{name}_checksum", f"{checksums[name]:016x}", f"is not that of the {name.upper()} section")
     return len(data) == end
 
@@ -277,8 +281,8 @@ def place_blocks(header: Header, index: npt.NDArray[Any], n: Ints, m: Ints, layo
         factors = low[i] + int(layout.raw[i])
         blocks.append(Block(
             i, kind, head, b * BLOCK_TOKENS, int(n[i]), int(m[i]), int(index["exponent"][i]), int(index["code"][i]),
-            int(index["rank"][i]), slice(low[i], factors), slice(factors, low[i + 1]),
-            slice(scales[i], scales[i + 1]), slice(codes[i], codes[i + 1]),
+            int(index["rank"][i]), slice(low[i], factors), slice(factors, factors + int(layout.factors[i])),
+            slice(scales[i], scales[i] + int(layout.scales[i])), slice(codes[i], codes[i] + int(layout.codes[i])),
         ))  # fmt: skip
     return blocks
 
@@ -290,7 +294,7 @@ def parse_shard(data: bytes | memoryview, allow_preview: bool = False) -> Shard:
     index_start = HEADER_BYTES + rest["ext_bytes"]
     low_start = index_start + INDEX_ENTRY.itemsize * header.blocks
     require(len(data) >= low_start, "size", len(data), f"header, extensions and index are {low_start} bytes")
-    ok = rest["index"] == xxh64(data[HEADER_BYTES:low_start])
+    ok = rest["index"] == section_checksum(data[HEADER_BYTES:low_start])
     require(ok, "index_checksum", f"{rest['index']:016x}", "is not that of extensions and index")
     check_extensions(data[HEADER_BYTES:index_start])
     index = np.frombuffer(data[index_start:low_start], INDEX_ENTRY)

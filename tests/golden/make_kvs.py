@@ -12,7 +12,7 @@ import math
 import struct
 from collections.abc import Sequence
 
-from xxh64 import xxh64
+from xxh64 import section_checksum, xxh64
 
 PROFILE_ID = {"raw": 0, "fp8": 1, "tq2": 2, "tq3": 3, "tq4": 4, "eoptshrinkq2": 5, "kvs2": 6, "kvs3": 7, "kvs4": 8}
 
@@ -76,14 +76,18 @@ def given(value: int | None, otherwise: int) -> int:
     return otherwise if value is None else value
 
 
+def padded(part: bytes) -> bytes:
+    return part + bytes(-len(part) % 4)
+
+
 def make_shard(spec: ShardSpec) -> bytes:
     index = b"".join(
         struct.pack("<bBBBH", b.exponent, b.code, b.rank, b.reserved, given(b.factor_bytes, len(b.factors)))
         for b in spec.blocks
     )
-    low = b"".join(b.raw + b.factors for b in spec.blocks)
-    scales = b"".join(b.scales for b in spec.blocks)
-    codes = b"".join(b.codes for b in spec.blocks)
+    low = b"".join(padded(b.raw + b.factors) for b in spec.blocks)
+    scales = b"".join(padded(b.scales) for b in spec.blocks)
+    codes = b"".join(padded(b.codes) for b in spec.blocks)
     header = struct.pack(
         "<4sHBBHHIIHHIIQQQQQQQ",
         spec.magic,
@@ -101,10 +105,10 @@ def make_shard(spec: ShardSpec) -> bytes:
         given(spec.low_bytes, len(low)),
         given(spec.scales_bytes, len(scales)),
         given(spec.codes_bytes, len(codes)),
-        given(spec.index_checksum, xxh64(spec.extensions + index)),
-        given(spec.low_checksum, xxh64(low)),
-        given(spec.scales_checksum, xxh64(scales)),
-        given(spec.codes_checksum, xxh64(codes)),
+        given(spec.index_checksum, section_checksum(spec.extensions + index)),
+        given(spec.low_checksum, section_checksum(low)),
+        given(spec.scales_checksum, section_checksum(scales)),
+        given(spec.codes_checksum, section_checksum(codes)),
     )
     header += struct.pack("<Q", given(spec.header_checksum, xxh64(header)))
     return header + spec.extensions + index + low + scales + codes + spec.tail
@@ -199,12 +203,12 @@ def unrotate(seed: int, y: Sequence[float]) -> list[float]:
 
 def pack_digits(code: int, digits: Sequence[int]) -> bytes:
     writer = BitWriter()
-    plain = {17: 2, 19: 3, 21: 4}
+    plain = {17: 2, 20: 3, 22: 4}
     if code in plain:
         for digit in digits:
             writer.put(digit, plain[code])
     else:
-        base, group, width = {16: (3, 5, 8), 18: (6, 3, 8), 20: (12, 5, 18)}[code]
+        base, group, width = {16: (3, 5, 8), 18: (5, 3, 7), 19: (6, 5, 13), 21: (12, 5, 18)}[code]
         for start in range(0, len(digits), group):
             writer.put(sum(c * base**i for i, c in enumerate(digits[start : start + group])), width)
     return writer.bytes()
@@ -213,7 +217,7 @@ def pack_digits(code: int, digits: Sequence[int]) -> bytes:
 def pack_offsets(offsets: Sequence[int]) -> bytes:
     writer = BitWriter()
     for offset in offsets:
-        writer.put(offset, 5)
+        writer.put(offset, 4)
     return writer.bytes()
 
 

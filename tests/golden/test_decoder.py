@@ -64,7 +64,7 @@ def digits(rng: random.Random, levels: int, count: int) -> list[int]:
 
 
 def residual_rows(code: int, chosen: Sequence[int], d: int) -> list[list[float]]:
-    table = L[{16: 3, 17: 4, 18: 6, 19: 8, 20: 12, 21: 16}[code]]
+    table = L[{16: 3, 17: 4, 18: 5, 19: 6, 20: 8, 21: 12, 22: 16}[code]]
     rows = [chosen[start : start + d] for start in range(0, len(chosen), d)]
     return [make.unrotate(1, [float(table[c]) for c in row]) for row in rows]
 
@@ -82,8 +82,8 @@ def kvs_shard(code: int, d: int, n: int, raw_rows: int, exponent: int, parts: Se
     m = n - raw_rows
     raw = [[rng.choice([-2.5, 0.0, 1.25]) for _ in range(d)] for _ in range(raw_rows)]
     factors = [(x, y, rng.randrange(170, 200), digits(rng, 2**x, n), digits(rng, 2**y, d)) for x, y in parts]
-    offsets = [rng.randrange(32) for _ in range(m - 1)] + [31]
-    chosen = digits(rng, {16: 3, 17: 4, 18: 6, 19: 8, 20: 12, 21: 16}[code], m * d)
+    offsets = [rng.randrange(16) for _ in range(m - 1)] + [15]
+    chosen = digits(rng, {16: 3, 17: 4, 18: 5, 19: 6, 20: 8, 21: 12, 22: 16}[code], m * d)
     low = np.zeros((n, d))
     for x, y, scale, token, channel in factors:
         u = [float(L[2**y][c]) for c in channel]
@@ -91,9 +91,10 @@ def kvs_shard(code: int, d: int, n: int, raw_rows: int, exponent: int, parts: Se
         v = make.unrotate(3, [value / length for value in u])
         a = make.unrotate(5, [2 ** ((scale - 191) / 8) * float(L[2**x][c]) for c in token])
         low += np.outer(a, v)
-    gains = [0.0 if o == 31 else 2 ** ((180 - 191) / 8) * 2 ** (-o / 6) for o in offsets]
+    step = 1 + code
+    gains = [0.0 if o == 15 else 2 ** ((180 - 191) / 8) * 2 ** (-o * step / 16) for o in offsets]
     rows = low[raw_rows:] + np.array(gains)[:, None] * residual_rows(code, chosen, d)
-    record = bytes([180]) + make.pack_offsets(offsets)
+    record = bytes([180, step]) + make.pack_offsets(offsets)
     raw_bytes = np.array(raw, np.float16).tobytes()
     block = Block(
         raw=raw_bytes, code=code, exponent=exponent, rank=len(parts), factors=make.pack_kvs_factors(factors),
@@ -105,7 +106,7 @@ def kvs_shard(code: int, d: int, n: int, raw_rows: int, exponent: int, parts: Se
     return Made(shard, k[:, None], np.concatenate([head, 2.0**exponent * low[raw_rows:]])[:, None])
 
 
-@pytest.mark.parametrize("code", [16, 17, 18, 19, 20, 21])
+@pytest.mark.parametrize("code", [16, 17, 18, 19, 20, 21, 22])
 @pytest.mark.parametrize(("d", "n", "raw_rows"), [(4, 3, 1), (5, 7, 0), (12, 6, 2), (1, 2, 0)])
 def test_kvs_block(code: int, d: int, n: int, raw_rows: int) -> None:
     made = kvs_shard(code, d, n, raw_rows, exponent=-3, parts=[(3, 5), (2, 8)][: min(n, d)])
@@ -118,8 +119,8 @@ def test_kvs_block(code: int, d: int, n: int, raw_rows: int) -> None:
 
 def test_preview_is_the_low_rank_part() -> None:
     made = kvs_shard(18, 8, 9, 2, 0, [(4, 4)])
-    codes_bytes = 19  # ceil(7 * 8 / 3)
-    scales_bytes = 1 + 5  # 7 offsets of 5 bits
+    codes_bytes = 20  # ceil(7 ceil(7 * 8 / 3) / 8) = 17, padded
+    scales_bytes = 8  # 2 + 7 offsets of 4 bits, padded
     cut = made.shard[: len(made.shard) - codes_bytes - scales_bytes]
     np.testing.assert_allclose(decode_shard(cut, low_rank=True).k, made.low, atol=1e-6)
     with pytest.raises(FormatError, match="'size'"):
@@ -128,13 +129,13 @@ def test_preview_is_the_low_rank_part() -> None:
         decode_shard(cut[:-1], low_rank=True)
 
 
-@pytest.mark.parametrize("code", [17, 19, 21])
+@pytest.mark.parametrize("code", [17, 20, 22])
 @pytest.mark.parametrize("family", ["tq2", "eoptshrinkq2"])
 def test_tq_and_eoptshrinkq_block(code: int, family: str) -> None:
     d, n, r = 6, 5, 2
     rng = random.Random(code)
     gains = [0.5, 1.25, 3.0, 0.0, 7.5]
-    chosen = digits(rng, {17: 4, 19: 8, 21: 16}[code], n * d)
+    chosen = digits(rng, {17: 4, 20: 8, 22: 16}[code], n * d)
     rows = np.array(gains)[:, None] / math.sqrt(d) * residual_rows(code, chosen, d)
     block = Block(code=code, scales=struct.pack("<5e", *gains), codes=make.pack_digits(code, chosen))
     if family == "eoptshrinkq2":
@@ -180,7 +181,7 @@ def test_blocks_are_placed_by_kind_head_and_number() -> None:
 
 
 def good_blocks() -> list[Block]:
-    scales = bytes([190]) + make.pack_offsets([0, 1, 2])
+    scales = bytes([190, 5]) + make.pack_offsets([0, 1, 2])
     block = Block(code=17, scales=scales, codes=make.pack_digits(17, [0, 1, 2, 3] * 3))
     return [block, Block()]
 
@@ -229,9 +230,11 @@ BAD_SHARDS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("codes_checksum", {"codes_checksum": 1}, {}),
     ("block[0].bits", {}, {"rank": 1, "factors": b"\x12" + FACTORS[1:]}),
     ("block[0].factor_bytes", {}, {"rank": 1, "factors": FACTORS + b"\0"}),
-    ("block[0].codes", {}, {"code": 18, "codes": bytes([216, 0, 0, 0])}),
+    ("block[0].codes", {}, {"code": 18, "codes": bytes([125, 0, 0, 0])}),
     ("block[0].codes", {}, {"code": 16, "codes": bytes([243, 0, 0])}),
-    ("block[0].codes", {}, {"code": 20, "codes": b"\xff\xff\x03\0\0\0\0"}),
+    ("block[0].codes", {}, {"code": 21, "codes": b"\xff\xff\x03\0\0\0\0"}),
+    ("block[0].codes", {}, {"code": 19, "codes": b"\x60\x1e\0\0\0"}),
+    ("block[0].scale", {}, {"scales": b"\xbe\0" + bytes(2)}),
 ]
 
 

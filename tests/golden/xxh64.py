@@ -57,3 +57,9 @@ def xxh64(data: bytes | memoryview) -> int:
     acc = ((acc ^ (acc >> 33)) * _P2) & _MASK
     acc = ((acc ^ (acc >> 29)) * _P3) & _MASK
     return acc ^ (acc >> 32)
+
+
+def section_checksum(data: bytes | memoryview) -> int:
+    """Of a section of a shard: XXH64 over the XXH64 values of its pieces of 1024 bytes (FORMAT.md section 3)."""
+    pieces = (xxh64(data[at : at + 1024]) for at in range(0, len(data), 1024))
+    return xxh64(b"".join(piece.to_bytes(8, "little") for piece in pieces))

@@ -20,7 +20,7 @@
 
 namespace kvshrink {
 
-inline constexpr uint32_t kDefaultRawTokens = 4;
+inline constexpr uint32_t kDefaultRawTokens = 1;
 inline constexpr int kMaxRank = 12;  // of the kvs profiles
 
 struct EncodeOptions {
@@ -83,6 +83,7 @@ class Backend {
   struct BlockInput {
     // n x d, row-major, contiguous; the raw rows are part of it and are zeroed by the backend.
     const float* rows = nullptr;
+    Kind kind = Kind::kKey;
     uint32_t n = 0;
     uint32_t d = 0;
     uint32_t raw_rows = 0;

@@ -25,11 +25,15 @@ enum class BlockCode : uint8_t {
   kFp8 = 2,
   kLevels3 = 16,
   kLevels4 = 17,
-  kLevels6 = 18,
-  kLevels8 = 19,
-  kLevels12 = 20,
-  kLevels16 = 21,
+  kLevels5 = 18,
+  kLevels6 = 19,
+  kLevels8 = 20,
+  kLevels12 = 21,
+  kLevels16 = 22,
 };
+
+// A block's part of a section is padded to whole 32-bit words.
+constexpr size_t PaddedBytes(size_t bytes) { return (bytes + 3) / 4 * 4; }
 
 // What changes the meaning of a shard's codes, where it was used (proto/FORMAT.md section 3.2).
 struct ShardExtensions {
@@ -68,7 +72,11 @@ struct BlockView {
   std::span<const uint8_t> codes;    // empty in a preview
 
   uint32_t coded_rows() const { return rows - raw_rows; }
-  size_t bytes() const { return raw.size() + factors.size() + scales.size() + codes.size(); }
+  // Of its parts, padding included.
+  size_t bytes() const {
+    return PaddedBytes(raw.size() + factors.size()) + PaddedBytes(scales.size()) +
+           PaddedBytes(codes.size());
+  }
 };
 
 enum class Extent : uint8_t {

@@ -17,7 +17,7 @@ double Density(double x) { return std::exp(-x * x / 2) / std::sqrt(2 * M_PI); }
 double Below(double x) { return 0.5 * std::erfc(-x / std::sqrt(2.0)); }
 
 std::vector<Codebook> AllCodebooks() {
-  std::vector<Codebook> all = {kLevels3, kLevels6, kLevels12};
+  std::vector<Codebook> all = {kLevels3, kLevels5, kLevels6, kLevels12};
   all.insert(all.end(), kFactorCodebooks.begin(), kFactorCodebooks.end());
   return all;
 }

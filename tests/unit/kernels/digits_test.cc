@@ -7,8 +7,9 @@
 namespace kvshrink::stages {
 namespace {
 
-const BlockCode kCodes[] = {BlockCode::kLevels3, BlockCode::kLevels4,  BlockCode::kLevels6,
-                            BlockCode::kLevels8, BlockCode::kLevels12, BlockCode::kLevels16};
+const BlockCode kCodes[] = {BlockCode::kLevels3, BlockCode::kLevels4, BlockCode::kLevels5,
+                            BlockCode::kLevels6, BlockCode::kLevels8, BlockCode::kLevels12,
+                            BlockCode::kLevels16};
 
 TEST(Digits, RoundTripOfEveryAlphabetAndLength) {
   std::mt19937 random(7);
@@ -32,7 +33,8 @@ TEST(Digits, RoundTripOfEveryAlphabetAndLength) {
 TEST(Digits, RatesAreThoseOfTheFormat) {
   EXPECT_EQ(DigitBytes(BlockCode::kLevels3, 8192), 1639U);   // 1.6 bits
   EXPECT_EQ(DigitBytes(BlockCode::kLevels4, 8192), 2048U);   // 2
-  EXPECT_EQ(DigitBytes(BlockCode::kLevels6, 8192), 2731U);   // 2.67
+  EXPECT_EQ(DigitBytes(BlockCode::kLevels5, 8192), 2390U);   // 2.33
+  EXPECT_EQ(DigitBytes(BlockCode::kLevels6, 8192), 2664U);   // 2.6
   EXPECT_EQ(DigitBytes(BlockCode::kLevels8, 8192), 3072U);   // 3
   EXPECT_EQ(DigitBytes(BlockCode::kLevels12, 8192), 3688U);  // 3.6
   EXPECT_EQ(DigitBytes(BlockCode::kLevels16, 8192), 4096U);  // 4
@@ -43,9 +45,12 @@ TEST(Digits, NumbersThatNoGroupHasAreRefused) {
   EXPECT_TRUE(UnpackDigits(BlockCode::kLevels3, std::vector<uint8_t>{242}, digits));
   EXPECT_FALSE(UnpackDigits(BlockCode::kLevels3, std::vector<uint8_t>{243}, digits));
   digits.resize(3);
-  EXPECT_TRUE(UnpackDigits(BlockCode::kLevels6, std::vector<uint8_t>{215}, digits));
-  EXPECT_FALSE(UnpackDigits(BlockCode::kLevels6, std::vector<uint8_t>{216}, digits));
+  EXPECT_TRUE(UnpackDigits(BlockCode::kLevels5, std::vector<uint8_t>{124}, digits));
+  EXPECT_FALSE(UnpackDigits(BlockCode::kLevels5, std::vector<uint8_t>{125}, digits));
   digits.resize(5);
+  // 6^5 = 7776 = 0x1E60
+  EXPECT_TRUE(UnpackDigits(BlockCode::kLevels6, std::vector<uint8_t>{0x5F, 0x1E}, digits));
+  EXPECT_FALSE(UnpackDigits(BlockCode::kLevels6, std::vector<uint8_t>{0x60, 0x1E}, digits));
   // 12^5 = 248832 = 0x3CC00
   EXPECT_TRUE(UnpackDigits(BlockCode::kLevels12, std::vector<uint8_t>{0xFF, 0xCB, 0x03}, digits));
   EXPECT_FALSE(UnpackDigits(BlockCode::kLevels12, std::vector<uint8_t>{0x00, 0xCC, 0x03}, digits));

@@ -34,15 +34,16 @@ Bounds BoundsOf(const std::string& bytes) {
 // Makes all checksums right again, where the sections of the untouched shard lie.
 void Sign(const Bounds& bounds, std::string* bytes) {
   uint8_t* data = Data(bytes);
-  format::StoreLittle(format::Checksum(data + bounds.index, bounds.low - bounds.index),
+  format::StoreLittle(format::SectionChecksum(data + bounds.index, bounds.low - bounds.index),
                       data + at::kIndexChecksum);
-  format::StoreLittle(format::Checksum(data + bounds.low, bounds.scales - bounds.low),
+  format::StoreLittle(format::SectionChecksum(data + bounds.low, bounds.scales - bounds.low),
                       data + at::kLowChecksum);
-  format::StoreLittle(format::Checksum(data + bounds.scales, bounds.codes - bounds.scales),
+  format::StoreLittle(format::SectionChecksum(data + bounds.scales, bounds.codes - bounds.scales),
                       data + at::kScalesChecksum);
-  format::StoreLittle(format::Checksum(data + bounds.codes, bounds.end - bounds.codes),
+  format::StoreLittle(format::SectionChecksum(data + bounds.codes, bounds.end - bounds.codes),
                       data + at::kCodesChecksum);
-  format::StoreLittle(format::Checksum(data, at::kHeaderChecksum), data + at::kHeaderChecksum);
+  format::StoreLittle(format::HeaderChecksum(data, at::kHeaderChecksum),
+                      data + at::kHeaderChecksum);
 }
 
 std::string Encoded(Profile profile) {
@@ -113,7 +114,7 @@ TEST(HostileShard, EachFieldOfTheHeader) {
       Data(&bad)[violation.offset + static_cast<size_t>(i)] =
           static_cast<uint8_t>(violation.value >> (8 * i));
     }
-    format::StoreLittle(format::Checksum(Data(&bad), at::kHeaderChecksum),
+    format::StoreLittle(format::HeaderChecksum(Data(&bad), at::kHeaderChecksum),
                         Data(&bad) + at::kHeaderChecksum);
     const absl::Status status = Read(bad);
     EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << violation.field;
@@ -155,8 +156,11 @@ TEST(HostileShard, EachFieldOfTheIndex) {
   ExpectError(with_entry(2, 17), "index[0].rank");
   ExpectError(with_entry(2, 0), "index[0].factor_bytes");
   ExpectError(with_entry(3, 1), "index[0].reserved");
-  ExpectError(with_entry(4, 0), "index[0].factor_bytes");
-  ExpectError(with_entry(4, static_cast<uint8_t>(good[bounds.index + 4] + 1)), "low_bytes");
+  std::string none = with_entry(4, 0);
+  Data(&none)[bounds.index + 5] = 0;
+  Sign(bounds, &none);
+  ExpectError(none, "index[0].factor_bytes");
+  ExpectError(with_entry(4, static_cast<uint8_t>(good[bounds.index + 4] + 4)), "low_bytes");
   ExpectError(with_entry(1, 17), "codes_bytes");
   ExpectError(with_entry(6 + 1, 0), "index[1].exponent");  // zero blocks have no exponent
 }
@@ -189,10 +193,22 @@ TEST(HostileShard, NumbersThatMeanNothingInABlock) {
     return bad;
   };
   ExpectError(last_code(Profile::kKvs2, 255), "block[0].codes");
-  ExpectError(last_code(Profile::kKvs3, 216), "block[0].codes");
   ExpectError(last_code(Profile::kFp8, 0x7F), "block[0].codes");
-  std::string bad = Encoded(Profile::kTq2);
-  const Bounds bounds = BoundsOf(bad);
+  std::string bad = Encoded(Profile::kKvs3);
+  Bounds bounds = BoundsOf(bad);
+  Data(&bad)[bounds.codes] = 0x60;  // 6^5 = 0x1E60 in the first 13 bits
+  Data(&bad)[bounds.codes + 1] = 0x1E;
+  Sign(bounds, &bad);
+  ExpectError(bad, "block[0].codes");
+  for (const uint8_t step : {uint8_t{0}, uint8_t{65}}) {
+    bad = Encoded(Profile::kKvs2);
+    bounds = BoundsOf(bad);
+    Data(&bad)[bounds.scales + 1] = step;
+    Sign(bounds, &bad);
+    ExpectError(bad, "block[0].scale");
+  }
+  bad = Encoded(Profile::kTq2);
+  bounds = BoundsOf(bad);
   Data(&bad)[bounds.scales + 1] = 0xFC;  // minus infinity
   Data(&bad)[bounds.scales] = 0;
   Sign(bounds, &bad);

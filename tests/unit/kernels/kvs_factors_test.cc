@@ -15,13 +15,13 @@ TEST(RankRule, NoiseAloneGetsNoComponent) {
   // The largest eigenvalue of 128 x 64 noise is (1 + sqrt(1/2))^2 = 2.9 of the mean: too little for
   // 2 (128 + 64) bits and more.
   std::vector<double> lambda(16, 2.9 * 128);
-  EXPECT_EQ(ChooseRank(lambda.data(), 16, 128.0 * 64, 128, 64).rank, 0);
+  EXPECT_EQ(ChooseRank(lambda.data(), 16, 128.0 * 64, 128, 64, RankPolicy{}).rank, 0);
 }
 
 TEST(RankRule, DominantComponentGetsTheMostBits) {
   // A first component of 99.9% of the energy, as in biased keys.
   std::vector<double> lambda = {999.0, 0.3, 0.1, 0.02};
-  const RankChoice choice = ChooseRank(lambda.data(), 4, 1000.0, 128, 64);
+  const RankChoice choice = ChooseRank(lambda.data(), 4, 1000.0, 128, 64, RankPolicy{});
   ASSERT_GE(choice.rank, 2);
   EXPECT_GE(choice.bits[0].token, 6);
   EXPECT_GE(choice.bits[0].channel, 6);
@@ -31,7 +31,8 @@ TEST(RankRule, DominantComponentGetsTheMostBits) {
 TEST(RankRule, IsTheArgumentMinimumOfTheCost) {
   std::vector<double> lambda = {500, 200, 50, 20, 5};
   const double energy = 900;
-  const RankChoice choice = ChooseRank(lambda.data(), 5, energy, 100, 80);
+  const RankPolicy policy{1.3, 12};
+  const RankChoice choice = ChooseRank(lambda.data(), 5, energy, 100, 80, policy);
   double left = energy;
   for (int i = 0; i <= choice.rank && i < 5; ++i) {
     double best = INFINITY;
@@ -41,7 +42,7 @@ TEST(RankRule, IsTheArgumentMinimumOfTheCost) {
         const double distortion = FactorCodebook(x).distortion + FactorCodebook(y).distortion;
         const double cost =
             std::log((left - lambda[static_cast<size_t>(i)] * (1 - distortion)) / left) +
-            2 * std::log(2.0) / 8000 * (x * 100 + y * 80 + 16);
+            policy.price * 2 * std::log(2.0) / 8000 * (x * 100 + y * 80 + 16);
         if (cost < best) {
           best = cost;
           best_bits = {x, y};
@@ -59,10 +60,22 @@ TEST(RankRule, IsTheArgumentMinimumOfTheCost) {
   }
 }
 
+TEST(RankRule, CapIsThePolicys) {
+  std::vector<double> lambda;
+  for (int i = 0; i < 16; ++i) {
+    lambda.push_back(std::exp2(-i));
+  }
+  for (const Kind kind : {Kind::kKey, Kind::kValue}) {
+    const RankPolicy policy = RankPolicyOf(kind);
+    EXPECT_EQ(ChooseRank(lambda.data(), 16, 2.0, 128, 64, policy).rank, policy.cap);
+  }
+  EXPECT_LT(RankPolicyOf(Kind::kKey).price, RankPolicyOf(Kind::kValue).price);
+}
+
 TEST(RankRule, ExactLowRankEndsWithoutNumbersThatAreNone) {
   std::vector<double> lambda = {10, 0, 0};
-  EXPECT_EQ(ChooseRank(lambda.data(), 3, 10.0, 128, 64).rank, 1);
-  EXPECT_EQ(ChooseRank(lambda.data(), 3, 0.0, 128, 64).rank, 0);
+  EXPECT_EQ(ChooseRank(lambda.data(), 3, 10.0, 128, 64, RankPolicy{}).rank, 1);
+  EXPECT_EQ(ChooseRank(lambda.data(), 3, 0.0, 128, 64, RankPolicy{}).rank, 0);
 }
 
 TEST(Factors, MoreBitsLessError) {

@@ -334,14 +334,14 @@ TEST(Rope, ErrorBoundHoldsAfterTheEmbedding) {
   const Tensor k = testing::SmolLayer("k", 0);
   EncodeOptions options = OptionsOf(Profile::kKvs2);
   options.rope = Plain(1e5, 0);
-  options.max_relative_error = 0.005;
+  options.max_relative_error = 0.002;
   ShardReport report;
   const auto bytes = Encode(*backend, k, k, options, &report);
   ASSERT_TRUE(bytes.ok());
   EXPECT_GT(report.k.escalated_blocks, 0U);
   const auto measured = MeasureShard(*backend, *Shard::Parse(*bytes), k.View(), k.View());
   ASSERT_TRUE(measured.ok());
-  EXPECT_LE(measured->k.max_block_relative_error, 0.005 * 1.001);
+  EXPECT_LE(measured->k.max_block_relative_error, 0.002 * 1.001);
 }
 
 TEST(Rope, BadOptionsNameFieldAndValue) {

@@ -22,23 +22,51 @@ TEST(Scale8, NearestEighthOfAnOctave) {
   EXPECT_EQ(EncodeScale8(1e9), 255);
 }
 
-TEST(Offsets, WithinATwelfthOfAnOctaveAndZeroIsZero) {
+TEST(Offsets, WithinHalfAStepAndZeroIsZero) {
   const double block = 0.3;
-  for (double log = 0; log > -5; log -= 0.013) {
-    const double back = block * DecodeOffset<double>(EncodeOffset(block * std::exp2(log), block));
-    EXPECT_LE(std::abs(std::log2(back / block) - log), 1.0 / 12 + 1e-12);
+  for (const int step : {1, 5, 16}) {
+    const double reach = kMaxOffset * step / 16.0;
+    for (double log = 0; log > -reach; log -= 0.013) {
+      const int offset = EncodeOffset(block * std::exp2(log), block, step);
+      EXPECT_LE(std::abs(std::log2(DecodeOffset<double>(offset, step)) - log), step / 32.0 + 1e-12);
+    }
   }
-  EXPECT_EQ(EncodeOffset(0.0, block), kZeroOffset);
-  EXPECT_EQ(EncodeOffset(block * 1e-9, block), kZeroOffset);
-  EXPECT_EQ(DecodeOffset<double>(kZeroOffset), 0);
+  EXPECT_EQ(EncodeOffset(0.0, block, 1), kZeroOffset);
+  EXPECT_EQ(EncodeOffset(block * 1e-9, block, 16), kZeroOffset);
+  EXPECT_EQ(DecodeOffset<double>(kZeroOffset, 7), 0);
+}
+
+TEST(Offsets, StepIsTheFinestThatReachesTheSmallestRow) {
+  for (double octaves = 0.01; octaves < 14; octaves += 0.037) {
+    const double smallest = 0.3 * std::exp2(-octaves);
+    const int step = OffsetStep(0.3, smallest);
+    EXPECT_LE(octaves, kMaxOffset * step / 16.0 + 1e-12);
+    EXPECT_TRUE(step == 1 || octaves > kMaxOffset * (step - 1) / 16.0 - 1e-12) << octaves;
+    EXPECT_LE(EncodeOffset(smallest, 0.3, step), kMaxOffset);
+  }
+  EXPECT_EQ(OffsetStep(0.3, 0.0), 1);
+  EXPECT_EQ(OffsetStep(0.3, 0.4), 1);
+  EXPECT_EQ(OffsetStep(0.3, 1e-30), kCoarsestStep);
+}
+
+// A row 200 times as long as the others must not take their scales from them.
+TEST(RowScales, OutlierRowLeavesTheOthersTheirScales) {
+  std::vector<double> scales(128, 0.004);
+  scales[17] = 0.8;
+  const std::vector<double> wanted = scales;
+  std::vector<uint8_t> bytes;
+  WriteRowScales<double>(Family::kKvs, 64, scales, &bytes);
+  for (size_t t = 0; t < scales.size(); ++t) {
+    EXPECT_LE(std::abs(std::log2(scales[t] / wanted[t])), 0.32) << t;
+  }
 }
 
 TEST(RowScales, DecoderGetsWhatTheEncoderSaw) {
   for (const Family family : {Family::kKvs, Family::kTq}) {
-    std::vector<double> scales = {0.5, 0.01, 0, 0.49, 3e-7, 0.25};
+    std::vector<double> scales = {0.5, 0.01, 0, 0.49, 3e-9, 0.25};
     std::vector<uint8_t> bytes;
     WriteRowScales<double>(family, 64, scales, &bytes);
-    EXPECT_EQ(bytes.size(), family == Family::kKvs ? 1U + 4U : 12U);
+    EXPECT_EQ(bytes.size(), family == Family::kKvs ? 2U + 3U : 12U);
     std::vector<double> back(scales.size());
     ASSERT_TRUE(ReadRowScales<double>(family, 64, bytes, back));
     EXPECT_EQ(back, scales);
@@ -46,11 +74,14 @@ TEST(RowScales, DecoderGetsWhatTheEncoderSaw) {
   }
 }
 
-TEST(RowScales, NormsThatAreNotNumbersAreRefused) {
+TEST(RowScales, NormsThatAreNotNumbersAndStepsOutOfRangeAreRefused) {
   std::vector<float> scales(1);
   EXPECT_FALSE(ReadRowScales<float>(Family::kTq, 64, std::vector<uint8_t>{0x00, 0x7C}, scales));
   EXPECT_FALSE(ReadRowScales<float>(Family::kTq, 64, std::vector<uint8_t>{0x00, 0xBC}, scales));
   EXPECT_TRUE(ReadRowScales<float>(Family::kTq, 64, std::vector<uint8_t>{0x00, 0x3C}, scales));
+  EXPECT_FALSE(ReadRowScales<float>(Family::kKvs, 64, std::vector<uint8_t>{190, 0, 3}, scales));
+  EXPECT_FALSE(ReadRowScales<float>(Family::kKvs, 64, std::vector<uint8_t>{190, 65, 3}, scales));
+  EXPECT_TRUE(ReadRowScales<float>(Family::kKvs, 64, std::vector<uint8_t>{190, 64, 3}, scales));
 }
 
 TEST(RowSums, ErrorIsTheSumOfSquares) {

@@ -40,7 +40,7 @@ CASES: dict[str, Case] = {
     "no_sinks": Case("layers", ("--profile", "kvs3", "--raw-tokens", "0")),
     "sinks_only": Case("one_token_fp32_96", ("--profile", "kvs2", "--raw-tokens", "4")),
     "one_token_fp32_96": Case("one_token_fp32_96", ("--profile", "kvs4", "--raw-tokens", "0")),
-    "bf16_80_kvs3": Case("bf16_80", ("--profile", "kvs3")),
+    "bf16_80_kvs3": Case("bf16_80", ("--profile", "kvs3", "--raw-tokens", "4")),
     "bf16_80_eoptshrinkq2": Case("bf16_80", ("--profile", "eoptshrinkq2")),
     "bf16_80_tq2": Case("bf16_80", ("--profile", "tq2")),
     "fp8_48_kvs4": Case("fp8_48", ("--profile", "kvs4")),

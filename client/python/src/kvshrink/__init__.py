@@ -1,4 +1,4 @@
-"""Client of kvshrinkd, the service that compresses, keeps and serves LLM KV cache."""
+"""Client of kvshrinkd, the service that compresses, keeps and serves LLM KV cache; and `evaluate`, without it."""
 
 from kvshrink.client import Client
 from kvshrink.errors import (
@@ -16,6 +16,7 @@ from kvshrink.errors import (
     Unavailable,
     Unimplemented,
 )
+from kvshrink.evaluation import Evaluation, ProfileEvaluation, evaluate, evaluate_trace
 from kvshrink.lease import Lease
 from kvshrink.types import (
     PROFILES,
@@ -45,6 +46,7 @@ __all__ = [
     "DataLoss",
     "DeadlineExceeded",
     "Decompressed",
+    "Evaluation",
     "FailedPrecondition",
     "Fetched",
     "InvalidArgument",
@@ -53,6 +55,7 @@ __all__ = [
     "Lease",
     "NotFound",
     "PermissionDenied",
+    "ProfileEvaluation",
     "PutResult",
     "ResourceExhausted",
     "ServerInfo",
@@ -62,4 +65,6 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
+    "evaluate",
+    "evaluate_trace",
 ]

@@ -41,7 +41,8 @@ tidy() {
 types() {
   (cd client/python && mypy)
   (cd tests/golden && mypy --strict .)
-  (cd tests/e2e && MYPYPATH=../golden mypy --strict .)
+  (cd tests/e2e && MYPYPATH=../golden:../quality mypy --strict .)
+  (cd tests/quality && mypy --strict .)
   mypy --strict tests/summary.py
 }
 

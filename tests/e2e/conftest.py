@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "golden"))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "quality"))
 
 from kvshrink import Client
 from support import TRACES, Array, Daemon, load_trace

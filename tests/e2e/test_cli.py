@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from decode_kvs import decode_bytes, describe_bytes
-from support import TRACES, Array, Daemon, attention, layers_of, load_trace, run_cli, run_json
+from errors import Attention, Errors
+from support import TRACES, Array, Daemon, layers_of, load_trace, run_cli, run_json
 
 EVAL_FIELDS = {
     *("profile", "options", "bits_per_entry", "bits_per_entry_k", "bits_per_entry_v", "rel_mse_k", "rel_mse_v"),
@@ -21,34 +21,12 @@ EVAL_FIELDS = {
 
 def errors_of(trace: dict[str, Array], decoded: dict[str, Array]) -> dict[str, float]:
     """The quality figures of `eval`, in double, from the trace and what the Python decoder makes of its file."""
-    squares = {"logits": 0.0, "count": 0.0, "error": 0.0, "energy": 0.0, "kl": 0.0, "rows": 0.0}
-    sums = {kind: [0.0, 0.0] for kind in "kv"}
+    sums = Errors()
     for layer in layers_of(trace):
-        k, v, q = (trace[f"layer.{layer}.{kind}"].astype(np.float64) for kind in "kvq")
-        k2, v2 = (decoded[f"layer.{layer}.{kind}"].astype(np.float64) for kind in "kv")
-        for kind, a, b in (("k", k, k2), ("v", v, v2)):
-            sums[kind][0] += float(((a - b) ** 2).sum())
-            sums[kind][1] += float((a**2).sum())
-        first = len(k) - len(q)
-        output, lse, logits = attention(q, k, v, first)
-        output2, lse2, logits2 = attention(q, k2, v2, first)
-        seen = np.isfinite(logits)
-        squares["error"] += float(((output - output2) ** 2).sum())
-        squares["energy"] += float((output**2).sum())
-        p = np.exp(logits - lse[..., None])
-        change = np.where(seen, logits, 0) - np.where(seen, logits2, 0)
-        every = attention(q, k, v, None)[2] - attention(q, k2, v2, None)[2]  # of logits: those that aren't seen too
-        squares["logits"] += float((every**2).sum())
-        squares["count"] += every.size
-        squares["kl"] += float((p * change).sum() - (lse - lse2).sum())
-        squares["rows"] += lse.size
-    return {
-        "rel_mse_k": sums["k"][0] / sums["k"][1],
-        "rel_mse_v": sums["v"][0] / sums["v"][1],
-        "logit_rmse": float(np.sqrt(squares["logits"] / squares["count"])),
-        "attention_rel_error": squares["error"] / squares["energy"],
-        "attention_kl": squares["kl"] / squares["rows"],
-    }
+        k, v, q = (trace[f"layer.{layer}.{kind}"] for kind in "kvq")
+        exact = Attention(q, k, v, k.shape[2] ** -0.5)
+        sums.add(exact.compare(decoded[f"layer.{layer}.k"], decoded[f"layer.{layer}.v"]))
+    return sums.figures()
 
 
 @pytest.mark.parametrize("profile", ["kvs2", "eoptshrinkq2", "tq3"])

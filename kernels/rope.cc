@@ -58,7 +58,38 @@ std::optional<RopeFault> CheckYarn(const Rope& rope) {
   return std::nullopt;
 }
 
+// A number that the scaling doesn't take would be lost without a word.
+std::optional<RopeFault> CheckUnused(const Rope& rope) {
+  struct Number {
+    std::string_view name;
+    double Rope::*value;
+    bool taken;
+  };
+  const bool yarn =
+      rope.scaling == RopeScaling::kYarn || rope.scaling == RopeScaling::kYarnUntruncated;
+  const bool llama3 = rope.scaling == RopeScaling::kLlama3;
+  const Number numbers[] = {
+      {"factor", &Rope::factor, rope.scaling != RopeScaling::kNone},
+      {"original_max_position", &Rope::original_max_position, yarn || llama3},
+      {"beta_fast", &Rope::beta_fast, yarn},
+      {"beta_slow", &Rope::beta_slow, yarn},
+      {"low_freq_factor", &Rope::low_freq_factor, llama3},
+      {"high_freq_factor", &Rope::high_freq_factor, llama3},
+  };
+  const Rope defaults;
+  for (const Number& number : numbers) {
+    if (!number.taken && rope.*number.value != defaults.*number.value) {
+      return RopeFault{number.name, rope.*number.value,
+                       StrCat("scaling '", RopeScalingName(rope.scaling), "' takes none")};
+    }
+  }
+  return std::nullopt;
+}
+
 std::optional<RopeFault> CheckScaling(const Rope& rope) {
+  if (auto fault = CheckUnused(rope)) {
+    return fault;
+  }
   if (rope.scaling == RopeScaling::kNone) {
     return std::nullopt;
   }

@@ -21,6 +21,7 @@ struct EncodeArguments {
 
 absl::StatusOr<Outcome> RunEncode(const EncodeArguments& arguments) {
   KVSHRINK_ASSIGN_OR_RETURN(const client::Trace trace, client::Trace::Open(arguments.trace));
+  KVSHRINK_RETURN_IF_ERROR(arguments.coding.Check(trace));
   const auto backend = arguments.backend.Make();
   const client::CodingSettings& settings = arguments.coding.settings;
   Progress progress("encode", trace.raw_bytes());
@@ -38,6 +39,7 @@ absl::StatusOr<Outcome> RunEncode(const EncodeArguments& arguments) {
                     {"layers", trace.layers().size()},
                     {"shards", file.shards},
                     {"raw_tokens", client::RawTokens(settings, trace)},
+                    {"rope", client::RopesOf(settings, trace).Text()},
                     {"raw_bytes", report.raw_bytes},
                     {"shard_bytes", report.encoded_bytes},
                     {"file_bytes", file.file_bytes},
@@ -48,6 +50,7 @@ absl::StatusOr<Outcome> RunEncode(const EncodeArguments& arguments) {
                     {"escalated_blocks", report.k.escalated_blocks + report.v.escalated_blocks},
                     {"encode_mb_per_s", mb_per_s}};
   outcome.text = Facts({{"profile", std::string(GetProfileInfo(settings.profile).name)},
+                        {"rope", client::RopesOf(settings, trace).Text()},
                         {"raw", Bytes(report.raw_bytes)},
                         {"shards", StrCat(file.shards, ", ", Bytes(report.encoded_bytes))},
                         {"file", StrCat(arguments.out, ", ", Bytes(file.file_bytes))},

@@ -67,11 +67,13 @@ std::vector<std::string> ToRow(const std::string& profile, const client::Evaluat
 
 absl::StatusOr<Outcome> RunEval(const EvalArguments& arguments) {
   KVSHRINK_ASSIGN_OR_RETURN(const client::Trace trace, client::Trace::Open(arguments.trace));
+  KVSHRINK_RETURN_IF_ERROR(arguments.coding.Check(trace));
   const auto backend = arguments.backend.Make();
   client::CodingSettings settings = arguments.coding.settings;
   const Json options = {{"chunk_tokens", settings.chunk_tokens},
                         {"raw_tokens", client::RawTokens(settings, trace)},
                         {"max_relative_error", settings.max_relative_error},
+                        {"rope", client::RopesOf(settings, trace).Text()},
                         {"threads", arguments.backend.threads}};
   Table table({"profile", "bits", "K bits", "V bits", "K error", "V error", "logit rmse",
                "attention error", "attention KL", "K rank", "V rank", "raw blocks", "encode MB/s",

@@ -110,6 +110,7 @@ Json ShardJson(const client::KvsEntry& entry, const Shard& shard) {
           {"head_dim", header.shape.head_dim},
           {"first_token", header.first_token},
           {"raw_rows", header.raw_rows},
+          {"rope", header.extensions.rope ? Json(RopeText(*header.extensions.rope)) : Json()},
           {"preview", shard.preview()},
           {"bits_per_entry", BitsPerEntry(shard.bytes(), 2 * uint64_t{header.shape.entries()})},
           {"sections",
@@ -133,6 +134,7 @@ std::vector<std::string> ShardRow(const client::KvsEntry& entry, const Shard& sh
           StrCat(header.shape.kv_heads, "x", header.shape.head_dim),
           std::string(GetProfileInfo(header.profile).name),
           std::string(DTypeName(header.dtype)),
+          header.extensions.rope ? RopeText(*header.extensions.rope) : "-",
           StrCat(shard.bytes()),
           Fixed(BitsPerEntry(shard.bytes(), 2 * uint64_t{header.shape.entries()}), 3),
           StrCat(shard.shared_bytes()),
@@ -161,8 +163,8 @@ struct InspectArguments {
 
 absl::StatusOr<Outcome> RunInspect(const InspectArguments& arguments) {
   KVSHRINK_ASSIGN_OR_RETURN(const client::KvsFile file, client::KvsFile::Open(arguments.in));
-  Table shards({"chunk", "layer", "first", "tokens", "heads", "profile", "dtype", "bytes", "bits",
-                "index", "low", "scales", "codes", "K rank", "V rank", "raw"},
+  Table shards({"chunk", "layer", "first", "tokens", "heads", "profile", "dtype", "rope", "bytes",
+                "bits", "index", "low", "scales", "codes", "K rank", "V rank", "raw"},
                0);
   Table blocks({"chunk", "layer", "kind", "head", "row", "rows", "raw rows", "code", "rank",
                 "exponent", "bytes", "bits"},

@@ -10,6 +10,7 @@ namespace kvshrink::cli {
 namespace {
 
 constexpr int kMaxThreads = 1024;
+constexpr std::string_view kRopeOfTrace = "trace";
 
 std::string ProfileNames() {
   std::string names;
@@ -26,6 +27,11 @@ std::string CheckHostPort(const std::string& server) {
     return "";
   }
   return StrCat("'", server, "' must be host:port or unix:path");
+}
+
+std::string CheckRope(const std::string& text) {
+  const auto ropes = client::LayerRopes::Parse(text);
+  return text == kRopeOfTrace || ropes.ok() ? "" : std::string(ropes.status().message());
 }
 
 }  // namespace
@@ -96,6 +102,26 @@ void CodingArguments::Add(CLI::App* command) {
                    "bound on a block's sum of squared error / sum of squares; 0 = none")
       ->capture_default_str()
       ->check(CLI::Range(0.0, std::numeric_limits<double>::max()));
+  command
+      ->add_option_function<std::string>(
+          "--rope",
+          [this](const std::string& text) {
+            rope_of_trace = text == kRopeOfTrace;
+            settings.ropes =
+                rope_of_trace ? std::nullopt : std::optional(*client::LayerRopes::Parse(text));
+          },
+          "rotary embedding that K carries, so that it is coded before it: theta=1e6,dim=64,"
+          "pairing=neox|gptj,scaling=none|linear|ntk|yarn|yarn-untruncated|llama3,factor=..., with "
+          "theta@5/11/17=1e4 for some layers; 'trace': as its metadata say; 'none' (default: the "
+          "trace's, else none)")
+      ->check(CLI::Validator(CheckRope, "ROPE"));
+}
+
+absl::Status CodingArguments::Check(const client::Trace& trace) const {
+  if (rope_of_trace && trace.ropes().empty()) {
+    return BadArgument("rope", kRopeOfTrace, "the trace's metadata has no rope_theta");
+  }
+  return absl::OkStatus();
 }
 
 void CodingArguments::AddProfile(CLI::App* command) {

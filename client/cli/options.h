@@ -45,10 +45,14 @@ struct BackendArguments {
 struct CodingArguments {
   client::CodingSettings settings;
 
-  // --chunk-tokens, --raw-tokens, --max-relative-error
+  bool rope_of_trace = false;  // and it must have one
+
+  // --chunk-tokens, --raw-tokens, --max-relative-error, --rope
   void Add(CLI::App* command);
   // --profile
   void AddProfile(CLI::App* command);
+  // What a trace must have for these arguments. Errors: INVALID_ARGUMENT naming the field.
+  absl::Status Check(const client::Trace& trace) const;
 
  private:
   std::string profile_;

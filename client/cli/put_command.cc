@@ -139,6 +139,9 @@ class Putter {
     encode->set_max_relative_error(settings_.max_relative_error);
     encode->set_raw_tokens(client::RawTokens(settings_, trace_));
     encode->set_first_token(span.first_token);
+    if (const auto rope = client::RopesOf(settings_, trace_).Of(layer.layer)) {
+      *encode->mutable_rope() = client::ToProto(*rope);
+    }
     const size_t bytes = k.shape.entries() * DTypeBytes(k.dtype);
     for (const ConstTensor& tensor : {k, v}) {
       object.parts.emplace_back(reinterpret_cast<const char*>(tensor.data), bytes);
@@ -219,6 +222,7 @@ Outcome Describe(const PutArguments& arguments, const client::Trace& trace, size
                     {"namespace", arguments.run.name_space},
                     {"prefix", arguments.run.prefix},
                     {"profile", profile},
+                    {"rope", client::RopesOf(arguments.coding.settings, trace).Text()},
                     {"encode_at", arguments.encode_at},
                     {"chunks", chunks},
                     {"layers", trace.layers().size()},
@@ -252,6 +256,7 @@ Outcome Describe(const PutArguments& arguments, const client::Trace& trace, size
 
 absl::StatusOr<Outcome> RunPut(const PutArguments& arguments) {
   KVSHRINK_ASSIGN_OR_RETURN(const client::Trace trace, client::Trace::Open(arguments.trace));
+  KVSHRINK_RETURN_IF_ERROR(arguments.coding.Check(trace));
   KVSHRINK_ASSIGN_OR_RETURN(const auto remote, arguments.server.Connect());
   const size_t chunks =
       client::ChunksOf(trace.tokens(), arguments.coding.settings.chunk_tokens).size();

@@ -194,6 +194,11 @@ absl::Status Trace::Read(const Safetensors& file) {
     }
     raw_tokens_ = value;
   }
+  auto ropes = LayerRopes::FromMetadata(metadata_);
+  if (!ropes.ok()) {
+    return absl::DataLossError(StrCat("trace metadata rope_*: ", ropes.status().message()));
+  }
+  ropes_ = *std::move(ropes);
   return absl::OkStatus();
 }
 

@@ -52,6 +52,10 @@ uint32_t RawTokens(const CodingSettings& settings, const Trace& trace) {
   return settings.raw_tokens.value_or(trace.raw_tokens().value_or(kDefaultRawTokens));
 }
 
+const LayerRopes& RopesOf(const CodingSettings& settings, const Trace& trace) {
+  return settings.ropes.has_value() ? *settings.ropes : trace.ropes();
+}
+
 std::vector<TokenSpan> ChunksOf(uint32_t tokens, uint32_t chunk_tokens) {
   std::vector<TokenSpan> chunks;
   for (uint64_t first = 0; first < tokens; first += chunk_tokens) {
@@ -79,6 +83,7 @@ absl::Status EncodeTrace(const Backend& backend, const Trace& trace, const Codin
       options.layer =
           numbers == LayerNumbers::kOfTrace ? layer.layer : static_cast<uint32_t>(place);
       const auto [first, tokens] = chunks[chunk];
+      options.rope = RopesOf(settings, trace).Of(layer.layer);
       CodedShard coded{chunk, place, chunks[chunk], {}, {}, 0};
       const auto start = Clock::now();
       auto bytes = EncodeShard(backend, TokenRange(layer.k, first, tokens),

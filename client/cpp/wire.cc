@@ -12,6 +12,10 @@ constexpr int kProtoOffset = 1;
 
 static_assert(v1::DTYPE_FP32 == static_cast<int>(DType::kFp32) + kProtoOffset);
 static_assert(v1::DTYPE_FP8_E4M3 == static_cast<int>(DType::kFp8E4m3) + kProtoOffset);
+static_assert(v1::ROPE_PAIRING_GPTJ == static_cast<int>(RopePairing::kGptj) + kProtoOffset);
+static_assert(v1::ROPE_SCALING_NONE == static_cast<int>(RopeScaling::kNone) + kProtoOffset);
+static_assert(v1::ROPE_SCALING_YARN_UNTRUNCATED ==
+              static_cast<int>(RopeScaling::kYarnUntruncated) + kProtoOffset);
 static_assert(v1::PROFILE_RAW == static_cast<int>(Profile::kRaw) + kProtoOffset);
 static_assert(v1::PROFILE_KVS4 == static_cast<int>(Profile::kKvs4) + kProtoOffset);
 
@@ -21,6 +25,22 @@ v1::DType ToProto(DType dtype) {
 
 v1::Profile ToProto(Profile profile) {
   return static_cast<v1::Profile>(static_cast<int>(profile) + kProtoOffset);
+}
+
+v1::Rope ToProto(const Rope& rope) {
+  v1::Rope out;
+  out.set_theta(rope.theta);
+  out.set_rotary_dim(rope.rotary_dim);
+  out.set_pairing(static_cast<v1::RopePairing>(static_cast<int>(rope.pairing) + kProtoOffset));
+  out.set_scaling(static_cast<v1::RopeScaling>(static_cast<int>(rope.scaling) + kProtoOffset));
+  out.set_position_offset(rope.position_offset);
+  out.set_factor(rope.factor);
+  out.set_original_max_position(rope.original_max_position);
+  out.set_beta_fast(rope.beta_fast);
+  out.set_beta_slow(rope.beta_slow);
+  out.set_low_freq_factor(rope.low_freq_factor);
+  out.set_high_freq_factor(rope.high_freq_factor);
+  return out;
 }
 
 std::optional<DType> FromProto(v1::DType dtype) {

@@ -26,7 +26,7 @@ absl::StatusOr<Accepted<CompressDetails>> CompressStream::Check(const v1::Compre
   if (!plan.ok()) {
     return plan.status();
   }
-  KVSHRINK_RETURN_IF_ERROR(CheckPosition(*options, plan->shape));
+  KVSHRINK_RETURN_IF_ERROR(CheckFit(*options, plan->shape));
   return Accepted<CompressDetails>{{*plan, *options},
                                    header.body_bytes() + EncodeBytes(plan->shape, plan->dtype)};
 }

@@ -1,5 +1,6 @@
 #include "service/rpc/convert.h"
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 
@@ -13,6 +14,9 @@ namespace {
 // The messages number both enums one up, so that 0 is free for "unspecified".
 static_assert(static_cast<int>(DType::kFp32) + 1 == v1::DTYPE_FP32);
 static_assert(static_cast<int>(DType::kFp8E4m3) + 1 == v1::DTYPE_FP8_E4M3);
+static_assert(static_cast<int>(RopePairing::kGptj) + 1 == v1::ROPE_PAIRING_GPTJ);
+static_assert(static_cast<int>(RopeScaling::kYarnUntruncated) + 1 ==
+              v1::ROPE_SCALING_YARN_UNTRUNCATED);
 static_assert(static_cast<int>(Profile::kRaw) + 1 == v1::PROFILE_RAW);
 static_assert(static_cast<int>(Profile::kKvs4) + 1 == v1::PROFILE_KVS4);
 
@@ -72,15 +76,46 @@ absl::StatusOr<EncodeOptions> ToEncodeOptions(const v1::EncodeSpec& spec, uint32
   if (layer > kMaxLayer) {
     return BadArgument("layer", layer, StrCat("must be 0..", kMaxLayer));
   }
+  if (spec.has_rope()) {
+    absl::StatusOr<Rope> rope = ToRope(spec.rope());
+    if (!rope.ok()) {
+      return rope.status();
+    }
+    options.rope = *rope;
+  }
   return options;
 }
 
-absl::Status CheckPosition(const EncodeOptions& options, const TensorShape& shape) {
+absl::StatusOr<Rope> ToRope(const v1::Rope& rope) {
+  Rope out;
+  out.theta = rope.theta();
+  out.rotary_dim = rope.rotary_dim();
+  if (rope.pairing() < 0 || rope.pairing() > v1::ROPE_PAIRING_GPTJ) {
+    return BadArgument("rope.pairing", static_cast<int>(rope.pairing()), "must be NEOX or GPTJ");
+  }
+  if (rope.scaling() < 0 || rope.scaling() > v1::ROPE_SCALING_YARN_UNTRUNCATED) {
+    return BadArgument("rope.scaling", static_cast<int>(rope.scaling()), "is unknown");
+  }
+  out.pairing = static_cast<RopePairing>(std::max(1, static_cast<int>(rope.pairing())) - 1);
+  out.scaling = static_cast<RopeScaling>(std::max(1, static_cast<int>(rope.scaling())) - 1);
+  out.position_offset = rope.position_offset();
+  out.factor = rope.has_factor() ? rope.factor() : out.factor;
+  out.original_max_position =
+      rope.has_original_max_position() ? rope.original_max_position() : out.original_max_position;
+  out.beta_fast = rope.has_beta_fast() ? rope.beta_fast() : out.beta_fast;
+  out.beta_slow = rope.has_beta_slow() ? rope.beta_slow() : out.beta_slow;
+  out.low_freq_factor = rope.has_low_freq_factor() ? rope.low_freq_factor() : out.low_freq_factor;
+  out.high_freq_factor =
+      rope.has_high_freq_factor() ? rope.high_freq_factor() : out.high_freq_factor;
+  return out;
+}
+
+absl::Status CheckFit(const EncodeOptions& options, const TensorShape& shape) {
   if (uint64_t{options.first_token} + shape.tokens > kMaxPosition) {
     return BadArgument("encode.first_token", options.first_token,
                        StrCat("first_token + tokens must be at most ", kMaxPosition));
   }
-  return absl::OkStatus();
+  return options.rope.has_value() ? ValidateRope(*options.rope, shape.head_dim) : absl::OkStatus();
 }
 
 absl::StatusOr<store::ChunkKey> ToChunkKey(const std::string& tenant, const v1::ChunkId& id,

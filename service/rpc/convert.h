@@ -21,8 +21,10 @@ absl::StatusOr<DType> ToDType(v1::DType dtype, std::string_view field);
 absl::StatusOr<Profile> ToProfile(v1::Profile profile,
                                   std::string_view field);  // unspecified = default
 absl::StatusOr<EncodeOptions> ToEncodeOptions(const v1::EncodeSpec& spec, uint32_t layer);
-// That the chunk's last position fits. INVALID_ARGUMENT naming encode.first_token.
-absl::Status CheckPosition(const EncodeOptions& options, const TensorShape& shape);
+absl::StatusOr<Rope> ToRope(const v1::Rope& rope);
+// That the chunk's last position and its embedding fit. INVALID_ARGUMENT naming encode.first_token
+// or rope.<field>.
+absl::Status CheckFit(const EncodeOptions& options, const TensorShape& shape);
 absl::StatusOr<store::ChunkKey> ToChunkKey(const std::string& tenant, const v1::ChunkId& id,
                                            std::string_view field);
 

@@ -111,7 +111,7 @@ absl::Status PutStream::CheckContent(const v1::PutHeader& header, PutDetails& de
       }
       details.options = *options;
       details.tensor = *plan;
-      return CheckPosition(*options, plan->shape);
+      return CheckFit(*options, plan->shape);
     }
     default:
       return absl::InvalidArgumentError("field 'content' is not set: must be tensor or encoded");

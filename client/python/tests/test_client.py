@@ -63,6 +63,38 @@ def test_put_sends_each_layer_in_frames(scripted: Any) -> None:
     assert seen[0][0].encode.HasField("raw_tokens")
 
 
+def test_each_layer_carries_its_own_rope(scripted: Any) -> None:
+    connect, script = scripted
+    specs: list[types.EncodeSpec] = []
+
+    def put(requests: Any, _: Any) -> Iterator[Any]:
+        for header, _ in put_objects(requests):
+            specs.append(header.encode)
+            yield pb.PutResponse(object_id=header.object_id)
+
+    script["Put"] = put
+    yarn = kvshrink.Rope(1e6, scaling="yarn_untruncated", factor=4, original_max_position=4096, pairing="gptj")
+    ropes = [kvshrink.Rope(1e4, rotary_dim=2), None, yarn]
+    connect().put("model", b"key", [LAYER] * 3, profile="kvs3", rope=ropes, commit=False)
+    assert [spec.HasField("rope") for spec in specs] == [True, False, True]
+    assert {spec.profile for spec in specs} == {types.PROFILE_KVS3}
+    assert specs[0].rope == types.Rope(
+        theta=1e4, rotary_dim=2, pairing=types.ROPE_PAIRING_NEOX, scaling=types.ROPE_SCALING_NONE
+    )
+    assert specs[2].rope == types.Rope(
+        theta=1e6,
+        pairing=types.ROPE_PAIRING_GPTJ,
+        scaling=types.ROPE_SCALING_YARN_UNTRUNCATED,
+        factor=4,
+        original_max_position=4096,
+    )
+    with pytest.raises(kvshrink.InvalidArgument, match="'rope' has 1 entries: needs one for layer 1"):
+        connect().put("model", b"key", [LAYER] * 2, rope=[yarn], commit=False)
+    wrong: Any = "half"
+    with pytest.raises(kvshrink.InvalidArgument, match=r"'rope\.pairing' is 'half': must be one of neox, gptj"):
+        connect().put("model", b"key", [LAYER], rope=kvshrink.Rope(1e4, pairing=wrong), commit=False)
+
+
 def test_put_sends_refused_layers_again(scripted: Any) -> None:
     connect, script = scripted
     tries: dict[int, int] = {}

@@ -35,7 +35,7 @@ struct EncodeOptions {
   double max_relative_error = 0;
   // The embedding that K carries: it is undone before coding and redone by decoders. Any profile;
   // `raw`, which codes nothing, leaves it out.
-  std::optional<Rope> rope;
+  std::optional<Rope> rope = std::nullopt;
 };
 
 // What one half (K or V) of a shard became.

@@ -36,6 +36,7 @@ struct Rope {
   // A token's angle is that of its position in the sequence plus this.
   int32_t position_offset = 0;
 
+  // Numbers that the scaling doesn't take must be as here.
   double factor = 1;                 // all scalings
   double original_max_position = 0;  // yarn, llama3
   double beta_fast = 32;             // yarn: turns within original_max_position

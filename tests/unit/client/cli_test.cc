@@ -105,6 +105,64 @@ TEST_F(CliTest, EncodesInspectsVerifiesAndDecodes) {
   EXPECT_FALSE(header.contains("layer.29.q"));
 }
 
+// The angles of this model's keys.
+const std::string kRope = "--rope theta=1e5,dim=64";
+
+TEST_F(CliTest, RopeIsAnOptionOfEncodeAndEval) {
+  const Json plain = RunJson("encode '" + kTrace + "' " + Quoted("plain.kvs"));
+  EXPECT_EQ(plain["rope"], "none");
+  const Json encoded = RunJson("encode '" + kTrace + "' " + Quoted("a.kvs") + " " + kRope);
+  EXPECT_EQ(encoded["rope"], "theta=1e5,dim=64");
+  EXPECT_LT(encoded["rel_mse_k"].get<double>(), 0.7 * plain["rel_mse_k"].get<double>());
+  const Json inspected = RunJson("inspect " + Quoted("a.kvs"));
+  EXPECT_EQ(inspected["shards"][11]["rope"], "theta=100000,dim=64,pairing=neox");
+  EXPECT_TRUE(RunJson("inspect " + Quoted("plain.kvs"))["shards"][11]["rope"].is_null());
+  EXPECT_THAT(Run("inspect " + Quoted("a.kvs")).out, HasSubstr("theta=100000,dim=64"));
+  EXPECT_EQ(RunJson("verify " + Quoted("a.kvs"))["ok"], true);
+
+  const Json eval = RunJson("eval '" + kTrace + "' --profile kvs2 " + kRope);
+  const Json without = RunJson("eval '" + kTrace + "' --profile kvs2");
+  const Json& found = eval["profiles"][0];
+  EXPECT_EQ(found["options"]["rope"], "theta=1e5,dim=64");
+  EXPECT_EQ(without["profiles"][0]["options"]["rope"], "none");
+  EXPECT_LT(found["attention_rel_error"].get<double>(),
+            0.9 * without["profiles"][0]["attention_rel_error"].get<double>());
+}
+
+// A trace of the recorded tensors whose metadata have these in addition.
+std::string WithMetadata(const std::string& trace, const Json& added) {
+  Json header = Json::parse(Header(trace));
+  header["__metadata__"].update(added);
+  std::string text = header.dump();
+  text.resize((text.size() + 7) / 8 * 8, ' ');
+  std::string out;
+  for (size_t i = 0; i < 8; ++i) {
+    out += static_cast<char>(text.size() >> (8 * i));
+  }
+  return out + text + trace.substr(8 + Header(trace).size());
+}
+
+TEST_F(CliTest, RopeOfTheTraceIsHonoured) {
+  const std::string trace = ReadFile(kTrace);
+  WriteFile(dir_.File("t"),
+            WithMetadata(trace, {{"rope_theta", "1e5"}, {"rope_theta@6/12", "none"}}));
+  const std::string text = "theta=1e5,theta@6/12=none";
+  EXPECT_EQ(RunJson("encode " + Quoted("t") + " " + Quoted("a.kvs"))["rope"], text);
+  EXPECT_EQ(RunJson("encode " + Quoted("t") + " " + Quoted("b.kvs") + " --rope trace")["rope"],
+            text);
+  EXPECT_EQ(ReadFile(dir_.File("a.kvs")), ReadFile(dir_.File("b.kvs")));
+  const Json inspected = RunJson("inspect " + Quoted("a.kvs"));
+  EXPECT_EQ(inspected["shards"][0]["rope"], "theta=100000,dim=64,pairing=neox");
+  EXPECT_TRUE(inspected["shards"][1]["rope"].is_null());
+  EXPECT_EQ(RunJson("encode " + Quoted("t") + " " + Quoted("c.kvs") + " --rope none")["rope"],
+            "none");
+  const Json missing = RunJson("encode '" + kTrace + "' " + Quoted("d.kvs") + " --rope trace", 1);
+  EXPECT_THAT(missing["error"]["message"].get<std::string>(), HasSubstr("'rope' is trace"));
+  const Json bad = RunJson("encode '" + kTrace + "' " + Quoted("e.kvs") + " --rope theta=0.5", 1);
+  EXPECT_EQ(bad["error"]["code"], "INVALID_ARGUMENT");
+  EXPECT_THAT(bad["error"]["message"].get<std::string>(), HasSubstr("'rope.theta' is 0.5"));
+}
+
 TEST_F(CliTest, RawGivesBackEveryBit) {
   RunJson("encode '" + kTrace + "' " + Quoted("raw.kvs") + " --profile raw --chunk-tokens 200");
   RunJson("decode " + Quoted("raw.kvs") + " " + Quoted("raw.safetensors"));
@@ -233,6 +291,9 @@ TEST_F(CliTest, UsageErrorsExitWith2) {
                                 "encode a b --raw-tokens -1",
                                 "encode a b --max-relative-error -1",
                                 "encode a b --threads -1",
+                                "encode a b --rope theta",
+                                "encode a b --rope dim=64",
+                                "eval t --rope theta=1e4,pairing=half",
                                 "eval t --profile kvs2,best",
                                 "eval t --backend gpu",
                                 "decode a b --dtype fp7",

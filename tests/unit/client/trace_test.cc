@@ -67,6 +67,7 @@ TEST(Trace, ReadsLayersInOrderOfTheirNumbers) {
   EXPECT_EQ(trace->scale(), 0.25);
   EXPECT_EQ(trace->raw_tokens(), 7U);
   EXPECT_EQ(trace->metadata().at("rope_theta"), "1e5");
+  EXPECT_EQ(trace->ropes().Of(2)->theta, 1e5);
   EXPECT_EQ(trace->entries(), 2U * (5 * 2 * 8 + 5 * 4));
   EXPECT_EQ(trace->layer(10), &trace->layers()[1]);
   EXPECT_EQ(trace->layer(3), nullptr);
@@ -111,6 +112,9 @@ TEST(Trace, NamesTheFieldThatDoesNotFit) {
       {"scale negative", {k, v}, {{"scale", "-1"}}, "scale"},
       {"scale infinite", {k, v}, {{"scale", "inf"}}, "scale"},
       {"raw_tokens negative", {k, v}, {{"raw_tokens", "-1"}}, "raw_tokens"},
+      {"theta no number", {k, v}, {{"rope_theta", "big"}}, "rope.theta"},
+      {"a rope of no theta", {k, v}, {{"rope_dim", "8"}}, "rope.theta"},
+      {"no setting of a rope", {k, v}, {{"rope_theta", "1e4"}, {"rope_x", "8"}}, "rope.x"},
   };
   for (const Bad& bad : table) {
     SCOPED_TRACE(bad.name);

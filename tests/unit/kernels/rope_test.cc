@@ -366,6 +366,8 @@ TEST(Rope, BadOptionsNameFieldAndValue) {
   expect(Plain(10000, 66), "'rope.rotary_dim' is 66:");
   expect(Scaled(10000, 2, RopeScaling::kNtk, 2), "'rope.rotary_dim' is 2: must be even, 4..64");
   expect(Scaled(10000, 0, RopeScaling::kLinear, 0.5), "'rope.factor' is 0.5:");
+  expect(Scaled(10000, 0, RopeScaling::kNone, 8), "'rope.factor' is 8: scaling 'none' takes none");
+  expect(Scaled(10000, 0, RopeScaling::kNtk, 8, 4096), "'rope.original_max_position' is 4096:");
   expect(Scaled(10000, 0, RopeScaling::kYarn, 4, 0), "'rope.original_max_position' is 0:");
   expect(with([](Rope* rope) { rope->low_freq_factor = 0; }), "'rope.low_freq_factor' is 0:");
   expect(with([](Rope* rope) { rope->high_freq_factor = 1; }), "'rope.high_freq_factor' is 1:");

@@ -93,6 +93,63 @@ TEST(Compress, GivesTheShardAndDecompressItsTensors) {
   EXPECT_TRUE(Eventually([&] { return daemon.Info().inflight_bytes() == 0; }));
 }
 
+TEST(Compress, CodesKeysBeforeTheirEmbedding) {
+  Daemon daemon;
+  const TensorShape shape{300, 2, 64};
+  const std::string body = MakeBody(shape, 5);
+  v1::CompressHeader header;
+  *header.mutable_tensor() = Spec(shape);
+  header.set_body_bytes(body.size());
+  header.mutable_encode()->set_first_token(1000);
+  v1::Rope* rope = header.mutable_encode()->mutable_rope();
+  rope->set_theta(1e6);
+  rope->set_rotary_dim(48);
+  rope->set_pairing(v1::ROPE_PAIRING_GPTJ);
+  rope->set_scaling(v1::ROPE_SCALING_YARN);
+  rope->set_factor(4);
+  rope->set_original_max_position(8192);
+  rope->set_beta_slow(2);
+  rope->set_position_offset(-20);
+  EncodeOptions options;
+  options.first_token = 1000;
+  options.rope = Rope{.theta = 1e6,
+                      .rotary_dim = 48,
+                      .pairing = RopePairing::kGptj,
+                      .scaling = RopeScaling::kYarn,
+                      .position_offset = -20,
+                      .factor = 4,
+                      .original_max_position = 8192,
+                      .beta_slow = 2};
+  grpc::ClientContext context;
+  const auto coded = RunOne<v1::CompressRequest>(daemon.stub().Compress(&context), header, body);
+  ASSERT_EQ(coded.header.status().code(), 0) << coded.header.status().message();
+  EXPECT_TRUE(coded.body == Encode(shape, body, options));
+  EXPECT_EQ(Shard::Parse(coded.body)->header().extensions.rope, options.rope);
+
+  const auto refused = [&](auto change, const std::string& message) {
+    v1::CompressHeader bad = header;
+    change(bad.mutable_encode()->mutable_rope());
+    grpc::ClientContext own_context;
+    const auto answer =
+        RunOne<v1::CompressRequest>(daemon.stub().Compress(&own_context), bad, body);
+    EXPECT_EQ(answer.header.status().code(), StatusCode::INVALID_ARGUMENT) << message;
+    EXPECT_THAT(answer.header.status().message(), HasSubstr(message));
+  };
+  refused([](v1::Rope* bad) { bad->set_theta(0); }, "'rope.theta' is 0");
+  refused([](v1::Rope* bad) { bad->set_rotary_dim(66); }, "'rope.rotary_dim' is 66");
+  refused([](v1::Rope* bad) { bad->set_pairing(static_cast<v1::RopePairing>(3)); },
+          "'rope.pairing' is 3");
+  refused([](v1::Rope* bad) { bad->set_scaling(static_cast<v1::RopeScaling>(-1)); },
+          "'rope.scaling' is -1");
+  refused(
+      [](v1::Rope* bad) {
+        bad->clear_factor();
+        bad->set_factor(0);
+      },
+      "'rope.factor' is 0");
+  refused([](v1::Rope* bad) { bad->set_low_freq_factor(3); }, "'rope.low_freq_factor' is 3");
+}
+
 TEST(Decompress, LowRankTakesAPreviewAndOnlyThen) {
   Daemon daemon;
   const std::string shard = Encode(kShape, MakeBody(kShape, 1), {});

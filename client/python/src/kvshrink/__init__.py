@@ -18,6 +18,7 @@ from kvshrink.errors import (
 )
 from kvshrink.evaluation import Evaluation, ProfileEvaluation, evaluate, evaluate_trace
 from kvshrink.lease import Lease
+from kvshrink.rope import Rope
 from kvshrink.types import (
     PROFILES,
     AttentionOutput,
@@ -58,6 +59,7 @@ __all__ = [
     "ProfileEvaluation",
     "PutResult",
     "ResourceExhausted",
+    "Rope",
     "ServerInfo",
     "ShardInfo",
     "ShardStats",

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvshrink import attention, messages, tensors
 from kvshrink.errors import DataLoss, InvalidArgument, KVShrinkError, from_rpc
 from kvshrink.lease import Lease
+from kvshrink.rope import Ropes
 from kvshrink.streams import FRAME_BYTES, Answer, Exchange, Job, Stream, framed_answers, pause, plain_answers
 from kvshrink.tensors import DTypeName, LayoutName
 from kvshrink.types import (
@@ -89,6 +90,7 @@ class Client:
         first_token: int = 0,
         raw_tokens: int | None = None,
         max_relative_error: float = 0.0,
+        rope: Ropes = None,
         layout: LayoutName = "THD",
         tokens: int | None = None,
         commit: bool = True,
@@ -96,16 +98,17 @@ class Client:
         """Compresses and stores a chunk: (K, V) of layer 0, 1, ... .
 
         `layers` may be a generator that yields while prefill goes on; then give `layer_count`. Arrays lie as `layout`
-        says; `tokens` is needed for paged layouts whose last page isn't full. With commit=False the chunk stays
-        invisible until `commit`.
+        says; `tokens` is needed for paged layouts whose last page isn't full. `rope` is what K carries, for all
+        layers or one for each. With commit=False the chunk stays invisible until `commit`.
         """
         encode = messages.encode_spec(profile, first_token, raw_tokens, max_relative_error)
 
         def jobs(count: int) -> Iterator[Job]:
             for i, (k, v) in enumerate(layers):
                 tensor, body = tensors.pack_kv(k, v, layout, tokens, f"layers[{i}]")
+                spec = messages.with_rope(encode, rope, i)
                 header = pb.PutHeader(
-                    chunk=messages.chunk_id(namespace, key), layer=i, layers=count, tensor=tensor, encode=encode
+                    chunk=messages.chunk_id(namespace, key), layer=i, layers=count, tensor=tensor, encode=spec
                 )
                 yield messages.sized(header, body)
 
@@ -269,6 +272,7 @@ class Client:
         first_token: int = 0,
         raw_tokens: int | None = None,
         max_relative_error: float = 0.0,
+        rope: Ropes = None,
         layout: LayoutName = "THD",
         tokens: int | None = None,
     ) -> Sequence[Compressed]:
@@ -278,7 +282,8 @@ class Client:
         def jobs() -> Iterator[Job]:
             for i, (k, v) in enumerate(layers):
                 tensor, body = tensors.pack_kv(k, v, layout, tokens, f"layers[{i}]")
-                yield messages.sized(pb.CompressHeader(tensor=tensor, encode=encode, layer=first_layer + i), body)
+                spec = messages.with_rope(encode, rope, i)
+                yield messages.sized(pb.CompressHeader(tensor=tensor, encode=spec, layer=first_layer + i), body)
 
         answers = self._exchange(self._stub.Compress, pb.CompressRequest, framed_answers, jobs())
         return [Compressed(a.body, ShardStats.from_proto(a.header.stats)) for a in answers]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvshrink.errors import InvalidArgument
+from kvshrink.rope import Ropes, of_layer
 from kvshrink.streams import Job
 from kvshrink.types import profile_number
 from kvshrink.v1 import types_pb2 as types
@@ -34,6 +35,15 @@ def encode_spec(
         raw_tokens=raw_tokens,
         first_token=first_token,
     )
+
+
+def with_rope(encode: types.EncodeSpec, ropes: Ropes, layer: int) -> types.EncodeSpec:
+    rope = of_layer(ropes, layer)
+    if rope is None:
+        return encode
+    spec = types.EncodeSpec(rope=rope.to_proto())
+    spec.MergeFrom(encode)
+    return spec
 
 
 def chunk_id(namespace: str, key: bytes) -> types.ChunkId:

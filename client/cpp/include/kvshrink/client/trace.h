@@ -2,8 +2,8 @@
 //   layer.{i}.k, layer.{i}.v  [tokens, kv_heads, head_dim]        F16, BF16, F32 or F8_E4M3
 //   layer.{i}.q               [tail tokens, q_heads, head_dim]    optional: queries of the last
 //   tokens
-// Layer numbers may be sparse. Metadata `scale` and `raw_tokens` are honoured; everything else is
-// kept as it is.
+// Layer numbers may be sparse. Metadata `scale`, `raw_tokens` and `rope_*` (layer_ropes.h) are
+// honoured; everything is kept as it is.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,7 @@
 #include "absl/status/statusor.h"
 #include "kvshrink/block.h"
 #include "kvshrink/client/file_io.h"
+#include "kvshrink/client/layer_ropes.h"
 #include "kvshrink/client/safetensors.h"
 
 namespace kvshrink::client {
@@ -51,6 +52,8 @@ class Trace {
   // Of q.k; absent: 1 / sqrt(head_dim).
   std::optional<double> scale() const { return scale_; }
   std::optional<uint32_t> raw_tokens() const { return raw_tokens_; }
+  // What the keys carry; empty when the trace doesn't say.
+  const LayerRopes& ropes() const { return ropes_; }
   uint64_t entries() const;    // of K and V of all layers
   uint64_t raw_bytes() const;  // in the trace's dtypes
 
@@ -62,6 +65,7 @@ class Trace {
   std::vector<TraceLayer> layers_;
   std::optional<double> scale_;
   std::optional<uint32_t> raw_tokens_;
+  LayerRopes ropes_;
 };
 
 // Rows [first, first + count) of a [T,H,D] tensor, as a tensor of its own.

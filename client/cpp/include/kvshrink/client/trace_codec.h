@@ -24,9 +24,12 @@ struct CodingSettings {
   // Absent: what the trace says, else kDefaultRawTokens.
   std::optional<uint32_t> raw_tokens;
   double max_relative_error = 0;  // 0 = no bound
+  // What K carries, by the trace's layer numbers. Absent: what the trace says.
+  std::optional<LayerRopes> ropes;
 };
 
 uint32_t RawTokens(const CodingSettings& settings, const Trace& trace);
+const LayerRopes& RopesOf(const CodingSettings& settings, const Trace& trace);
 
 struct TokenSpan {
   uint32_t first_token = 0;

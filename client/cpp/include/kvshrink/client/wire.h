@@ -15,6 +15,7 @@ namespace kvshrink::client {
 
 v1::DType ToProto(DType dtype);
 v1::Profile ToProto(Profile profile);
+v1::Rope ToProto(const Rope& rope);
 // nullopt for what this library doesn't know, also when the peer sent no value.
 std::optional<DType> FromProto(v1::DType dtype);
 std::optional<Profile> FromProto(v1::Profile profile);

@@ -23,8 +23,9 @@ from typing import Any, cast
 import numpy as np
 
 from kvs_blocks import Decoded, Output, decode_parsed, decode_shard
+from kvs_error import FormatError
 from kvs_file import decode_file, parse_file
-from kvs_shard import FormatError, Header, parse_shard
+from kvs_shard import Header, parse_shard
 from safetensors_writer import write_safetensors
 
 __all__ = ["Decoded", "FormatError", "Header", "decode_bytes", "decode_file", "decode_shard"]

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvs_error import FormatError
+from kvs_rope import embed
 from kvs_shard import (
     DTYPES,
     FP8,
@@ -21,7 +23,6 @@ from kvs_shard import (
     ZERO,
     Block,
     Bytes,
-    FormatError,
     Header,
     Ints,
     Shard,
@@ -242,5 +243,8 @@ def decode_parsed(shard: Shard, low_rank: bool = False) -> Decoded:
             if not low_rank:
                 rows[split:] = exact_values(shard.data[block.codes], dtype).reshape(block.m, header.head_dim)
         elif block.code != ZERO:
-            rows[split:] = coded_rows(shard, block, low_rank)
+            coded = coded_rows(shard, block, low_rank)
+            if shard.rope is not None and block.kind == 0:
+                coded = embed(shard.rope, header.first_token + block.first_row + split, coded)
+            rows[split:] = coded
     return Decoded(out[0], out[1], header)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvs_blocks import Output, decode_shard
-from kvs_shard import Header, require
+from kvs_error import require
+from kvs_shard import Header
 from xxh64 import xxh64
 
 HEADER_BYTES = 48

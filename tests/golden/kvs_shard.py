@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvs_error import FormatError, require
+from kvs_rope import Rope, read_extensions
 from xxh64 import section_checksum, xxh64
 
 Ints = npt.NDArray[np.int64]
@@ -37,21 +39,6 @@ CODES_OF_FAMILY = {
     "eoptshrinkq": {ZERO, RAW, 17, 20, 22},
     "kvs": {ZERO, RAW, *LEVELS},
 }
-
-
-class FormatError(ValueError):
-    """A violation of FORMAT.md: the field, its value and the rule."""
-
-    def __init__(self, field: str, value: object, rule: str) -> None:
-        super().__init__(f"shard field '{field}' is {value}: {rule}")
-        self.field = field
-        self.value = value
-        self.rule = rule
-
-
-def require(ok: bool, field: str, value: object, rule: str) -> None:
-    if not ok:
-        raise FormatError(field, value, rule)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -109,6 +96,7 @@ class Shard:
     data: Bytes
     whole: bool  # False: a preview, SCALES and CODES are not to be read
     preview_bytes: int
+    rope: Rope | None
 
 
 def read_header(data: bytes | memoryview) -> tuple[Header, dict[str, int]]:
@@ -140,13 +128,6 @@ def read_header(data: bytes | memoryview) -> tuple[Header, dict[str, int]]:
     )  # fmt: skip
     checks = dict(zip(("index", "low", "scales", "codes"), checksums[:4], strict=True))
     return header, {**checks, "ext_bytes": ext_bytes}
-
-
-def check_extensions(data: bytes | memoryview) -> None:
-    """Section 3.2: version 1 defines none, so any record is one that is not known."""
-    if len(data) > 0:
-        kind, size = struct.unpack_from("<HH", data)
-        raise FormatError("extension", kind, f"a record of type {kind} and {size} bytes is not known to version 1")
 
 
 def rows_of_blocks(header: Header) -> tuple[Ints, Ints]:
@@ -296,14 +277,14 @@ def parse_shard(data: bytes | memoryview, allow_preview: bool = False) -> Shard:
     require(len(data) >= low_start, "size", len(data), f"header, extensions and index are {low_start} bytes")
     ok = rest["index"] == section_checksum(data[HEADER_BYTES:low_start])
     require(ok, "index_checksum", f"{rest['index']:016x}", "is not that of extensions and index")
-    check_extensions(data[HEADER_BYTES:index_start])
+    rope = read_extensions(data[HEADER_BYTES:index_start], header.head_dim)
     index = np.frombuffer(data[index_start:low_start], INDEX_ENTRY)
     n, m = rows_of_blocks(header)
     check_index(header, index, n, m)
     layout = check_layout(header, index, n, m)
     whole = check_sections(header, data, low_start, rest, allow_preview)
     blocks = place_blocks(header, index, n, m, layout, low_start)
-    shard = Shard(header, blocks, np.frombuffer(data, np.uint8), whole, low_start + header.low_bytes)
+    shard = Shard(header, blocks, np.frombuffer(data, np.uint8), whole, low_start + header.low_bytes, rope)
     if header.family == "kvs":
         for block in blocks:
             if block.rank:

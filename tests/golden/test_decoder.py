@@ -214,7 +214,7 @@ BAD_SHARDS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("ext_bytes", {"ext_bytes": 4104}, {}),
     ("size", {"kv_heads": 256}, {}),
     ("index_checksum", {"index_checksum": 1}, {}),
-    ("extension", {"extensions": bytes(8)}, {}),
+    ("extension.type", {"extensions": bytes(8)}, {}),
     ("index[0].exponent", {}, {"exponent": -127}),
     ("index[0].code", {}, {"code": 2}),
     ("index[0].code", {}, {"code": 32}),

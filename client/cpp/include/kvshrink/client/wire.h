@@ -9,6 +9,7 @@
 #include "grpcpp/support/status.h"
 #include "kvshrink/block.h"
 #include "kvshrink/profile.h"
+#include "kvshrink/rope.h"
 #include "kvshrink/v1/types.pb.h"
 
 namespace kvshrink::client {

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvs_error import FormatError
+from kvs_error import FormatError, require
 from kvs_rope import embed
 from kvs_shard import (
     DTYPES,
@@ -29,7 +29,6 @@ from kvs_shard import (
     ceil_div,
     kvs_factor_bits,
     parse_shard,
-    require,
 )
 
 Floats = npt.NDArray[np.float64]

@@ -9,6 +9,12 @@ namespace kvshrink {
 
 using Turn = stages::Turn<double>;
 
+namespace {
+
+constexpr size_t kMaxPairs = kMaxHeadDim / 2;
+
+}  // namespace
+
 RopeRows::RopeRows(const ShardHeader& header)
     : head_dim_(header.shape.head_dim),
       pairs_(header.extensions.rope->rotary_dim / 2),
@@ -27,43 +33,55 @@ RopeRows::RopeRows(const ShardHeader& header)
     turns->cosine[size_t{row} * pairs_ + j] = static_cast<float>(turn.cosine);
     turns->sine[size_t{row} * pairs_ + j] = static_cast<float>(turn.sine);
   };
+  std::array<Turn, kMaxPairs> step;
+  std::array<Turn, kMaxPairs> turn;
   for (uint32_t j = 0; j < pairs_; ++j) {
     const double frequency = stages::RopeFrequency(rope, j);
     for (uint32_t b = 0; b < blocks; ++b) {
       const double angle = (first_position + double{kBlockTokens} * b) * frequency;
       store(&starts_, b, j, {std::cos(angle), std::sin(angle)});
     }
-    // A power of the first step: its error stays far below that of a float.
-    const Turn step = {std::cos(frequency), std::sin(frequency)};
-    Turn turn = {1, 0};
-    for (uint32_t t = 0; t < tokens; ++t) {
-      store(&within_, t, j, turn);
-      turn = stages::Compose(turn, step);
+    step[j] = {std::cos(frequency), std::sin(frequency)};
+    turn[j] = {1, 0};
+  }
+  // Powers of a step: at most 127 products of doubles, far below what a float can tell.
+  for (uint32_t t = 0; t < tokens; ++t) {
+    for (uint32_t j = 0; j < pairs_; ++j) {
+      store(&within_, t, j, turn[j]);
+      turn[j] = stages::Compose(turn[j], step[j]);
+    }
+  }
+}
+
+// Strides that are known at compile time make these loops vectors.
+template <bool kInverse>
+void RopeRows::TurnRow(const float* cosine, const float* sine, float* row) const {
+  const auto turn = [&](uint32_t j, float* a, float* b) {
+    stages::TurnPair<float>({cosine[j], kInverse ? -sine[j] : sine[j]}, a, b);
+  };
+  if (pairing_ == RopePairing::kNeox) {
+    for (uint32_t j = 0; j < pairs_; ++j) {
+      turn(j, row + j, row + pairs_ + j);
+    }
+  } else {
+    for (uint32_t j = 0; j < pairs_; ++j) {
+      turn(j, row + 2 * j, row + 2 * j + 1);
     }
   }
 }
 
 template <bool kInverse>
-void RopeRows::TurnRow(const float* cosine, const float* sine, float* row) const {
-  const uint32_t stride = pairing_ == RopePairing::kNeox ? pairs_ : 1;
-  const uint32_t step = pairing_ == RopePairing::kNeox ? 1 : 2;
-  for (uint32_t j = 0; j < pairs_; ++j) {
-    const stages::Turn<float> turn = {cosine[j], kInverse ? -sine[j] : sine[j]};
-    stages::TurnPair(turn, row + step * j, row + step * j + stride);
-  }
-}
-
-template <bool kInverse>
 void RopeRows::TurnRows(const BlockView& block, float* rows) const {
-  const size_t start = size_t{block.first_row} / kBlockTokens * pairs_;
-  std::array<float, kMaxHeadDim / 2> cosine;
-  std::array<float, kMaxHeadDim / 2> sine;
+  const float* start_cosine = starts_.cosine.data() + block.first_row / kBlockTokens * pairs_;
+  const float* start_sine = starts_.sine.data() + block.first_row / kBlockTokens * pairs_;
+  std::array<float, kMaxPairs> cosine;
+  std::array<float, kMaxPairs> sine;
   for (uint32_t t = block.raw_rows; t < block.rows; ++t) {
-    const size_t within = size_t{t} * pairs_;
+    const float* token_cosine = within_.cosine.data() + size_t{t} * pairs_;
+    const float* token_sine = within_.sine.data() + size_t{t} * pairs_;
     for (uint32_t j = 0; j < pairs_; ++j) {
-      const stages::Turn<float> turn =
-          stages::Compose<float>({starts_.cosine[start + j], starts_.sine[start + j]},
-                                 {within_.cosine[within + j], within_.sine[within + j]});
+      const auto turn = stages::Compose<float>({start_cosine[j], start_sine[j]},
+                                               {token_cosine[j], token_sine[j]});
       cosine[j] = turn.cosine;
       sine[j] = turn.sine;
     }

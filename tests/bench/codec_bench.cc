@@ -22,6 +22,14 @@ const Layer& TheLayer() {
 
 Profile ProfileOf(const benchmark::State& state) { return static_cast<Profile>(state.range(0)); }
 
+EncodeOptions OptionsOf(const benchmark::State& state) {
+  EncodeOptions options = testing::OptionsOf(ProfileOf(state));
+  if (state.range(2) != 0) {
+    options.rope = Rope{.theta = 1e5};
+  }
+  return options;
+}
+
 void Finish(benchmark::State& state) {
   state.SetBytesProcessed(static_cast<int64_t>(state.iterations()) * TheLayer().raw_bytes());
   state.SetLabel(std::string(GetProfileInfo(ProfileOf(state)).name));
@@ -30,16 +38,16 @@ void Finish(benchmark::State& state) {
 void Encode(benchmark::State& state) {
   const auto backend = MakeCpuBackend(static_cast<int>(state.range(1)));
   for (auto _ : state) {
-    benchmark::DoNotOptimize(EncodeShard(*backend, TheLayer().k.View(), TheLayer().v.View(),
-                                         testing::OptionsOf(ProfileOf(state))));
+    benchmark::DoNotOptimize(
+        EncodeShard(*backend, TheLayer().k.View(), TheLayer().v.View(), OptionsOf(state)));
   }
   Finish(state);
 }
 
 void Decode(benchmark::State& state) {
   const auto backend = MakeCpuBackend(static_cast<int>(state.range(1)));
-  const auto bytes = *EncodeShard(*backend, TheLayer().k.View(), TheLayer().v.View(),
-                                  testing::OptionsOf(ProfileOf(state)));
+  const auto bytes =
+      *EncodeShard(*backend, TheLayer().k.View(), TheLayer().v.View(), OptionsOf(state));
   const auto shard = *Shard::Parse(bytes);
   testing::Tensor k = testing::Zeros(shard.header().shape);
   testing::Tensor v = k;
@@ -52,8 +60,8 @@ void Decode(benchmark::State& state) {
 
 void Attend(benchmark::State& state) {
   const auto backend = MakeCpuBackend(static_cast<int>(state.range(1)));
-  const auto bytes = *EncodeShard(*backend, TheLayer().k.View(), TheLayer().v.View(),
-                                  testing::OptionsOf(ProfileOf(state)));
+  const auto bytes =
+      *EncodeShard(*backend, TheLayer().k.View(), TheLayer().v.View(), OptionsOf(state));
   const auto shard = *Shard::Parse(bytes);
   const AttentionParams params{1, 9, 0, 0, -1, 0};
   const std::vector<float> q = testing::Gaussian({1, 9, 64}, 1).values;
@@ -67,10 +75,12 @@ void Attend(benchmark::State& state) {
 void Arguments(benchmark::internal::Benchmark* bench) {
   for (const ProfileInfo& profile : AllProfiles()) {
     for (const int threads : {1, 2}) {
-      bench->Args({static_cast<int64_t>(profile.profile), threads});
+      for (const int rope : {0, 1}) {
+        bench->Args({static_cast<int64_t>(profile.profile), threads, rope});
+      }
     }
   }
-  bench->ArgNames({"profile", "threads"})->UseRealTime()->Unit(benchmark::kMicrosecond);
+  bench->ArgNames({"profile", "threads", "rope"})->UseRealTime()->Unit(benchmark::kMicrosecond);
 }
 
 BENCHMARK(Encode)->Apply(Arguments);

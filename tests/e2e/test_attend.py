@@ -16,14 +16,15 @@ from support import Array, attention, chunk_of, layers_of
 TOLERANCE = 2e-5
 
 
-@pytest.fixture(params=["raw", "fp8", "tq2", "eoptshrinkq2", "kvs2", "kvs4"])
+@pytest.fixture(params=["raw", "fp8", "tq2", "eoptshrinkq2", "kvs2", "kvs4", "kvs2 rope"])
 def stored(request: Any, client: Client, qwen: dict[str, Array], namespace: str) -> Any:
     """Two chunks of 200 tokens; the namespace, keys, and K, V and Q of one layer as decoded."""
     layers = layers_of(qwen)[:2]
     keys = [b"0", b"1"]
     for i, key in enumerate(keys):
         chunk = chunk_of(qwen, 200 * i, 200, layers)
-        client.put(namespace, key, chunk, profile=request.param, first_token=200 * i)
+        profile, rope = request.param.split(" ")[0], kvshrink.Rope(1e6) if "rope" in request.param else None
+        client.put(namespace, key, chunk, profile=profile, first_token=200 * i, rope=rope)
     decoded = [next(client.get(namespace, key, layers=[1], dtype="fp32")) for key in keys]
     k = np.concatenate([d.k for d in decoded])
     v = np.concatenate([d.v for d in decoded])

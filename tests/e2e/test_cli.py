@@ -29,14 +29,20 @@ def errors_of(trace: dict[str, Array], decoded: dict[str, Array]) -> dict[str, f
     return sums.figures()
 
 
-@pytest.mark.parametrize("profile", ["kvs2", "eoptshrinkq2", "tq3"])
+ROPE = ("--rope", "theta=1e5,dim=64,pairing=neox")  # SmolLM2's; any other is as good for what is tested here
+
+
+@pytest.mark.parametrize(
+    ("profile", "rope"), [("kvs2", ()), ("eoptshrinkq2", ()), ("tq3", ()), ("kvs3", ROPE), ("tq2", ROPE)]
+)
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
-def test_eval_is_honest(path: Path, profile: str, tmp_path: Path) -> None:
+def test_eval_is_honest(path: Path, profile: str, rope: tuple[str, ...], tmp_path: Path) -> None:
     """Every figure again: bits from the bytes of the shards, errors by the second decoder and numpy."""
-    answer = run_json("eval", path, "--profile", profile)
+    answer = run_json("eval", path, "--profile", profile, *rope)
     (figures,) = answer["profiles"]
     assert set(figures) >= EVAL_FIELDS
-    run_cli("encode", path, tmp_path / "out.kvs", "--profile", profile)
+    assert figures["options"]["rope"] == (rope[1] if rope else "none")
+    run_cli("encode", path, tmp_path / "out.kvs", "--profile", profile, *rope)
     data = (tmp_path / "out.kvs").read_bytes()
     trace = load_trace(path)
     decoded, _ = decode_bytes(data)
@@ -49,6 +55,21 @@ def test_eval_is_honest(path: Path, profile: str, tmp_path: Path) -> None:
         assert figures[name] == pytest.approx(wanted, rel=2e-3), name
     assert figures["encode_mb_per_s"] > 0
     assert figures["decode_mb_per_s"] > 0
+
+
+@pytest.mark.parametrize("encode_at", ["client", "server"])
+def test_rope_over_the_daemon(daemon: Daemon, namespace: str, encode_at: str, tmp_path: Path) -> None:
+    """What is put with a rope comes back embedded, and attention agrees with it; the error is that of eval."""
+    common = ["--server", daemon.target, "--namespace", namespace, "--prefix", "p"]
+    put = run_json("put", TRACES[0], *common, "--profile", "kvs3", "--encode-at", encode_at, *ROPE)
+    assert put["rope"] == ROPE[1]
+    (plain, with_rope) = (run_json("eval", TRACES[0], "--profile", "kvs3", *rope)["profiles"][0] for rope in ((), ROPE))
+    assert with_rope["rel_mse_k"] < 0.7 * plain["rel_mse_k"]
+    got = run_json("get", *common, "--out", tmp_path / "out.kvs", "--trace", TRACES[0])
+    assert got["rel_mse_k"] == pytest.approx(with_rope["rel_mse_k"], rel=1e-2)
+    assert {s["rope"]["theta"] for s in describe_bytes((tmp_path / "out.kvs").read_bytes(), False)["shards"]} == {1e5}
+    output = run_json("attend", TRACES[0], *common)
+    assert output["attention_rel_error"] == pytest.approx(with_rope["attention_rel_error"], rel=1e-2)
 
 
 def test_eval_keeps_the_order_asked() -> None:

@@ -39,6 +39,7 @@ def describe(data: bytes | memoryview, preview: bool) -> dict[str, Any]:
         **dataclasses.asdict(shard.header),
         "bytes": len(data),
         "preview_bytes": shard.preview_bytes,
+        "rope": None if shard.rope is None else dataclasses.asdict(shard.rope),
         "bits_per_entry": 8 * len(data) / (decoded.k.size + decoded.v.size),
         "blocks": [
             {

@@ -32,6 +32,12 @@ class Case(NamedTuple):
     options: tuple[str, ...]
 
 
+# Half of a head, interleaved, positions that don't count tokens; another theta on one of the layers.
+LLAMA3 = (
+    "theta=5e5,theta@17=1e4,dim=32,pairing=gptj,position_offset=-7,"
+    "scaling=llama3,factor=8,original_max_position=64,low_freq_factor=1,high_freq_factor=4"
+)
+
 # Every profile on a slice of a real trace (a whole block and a part of one), then the corners of the format.
 CASES: dict[str, Case] = {
     **{profile: Case("real", ("--profile", profile)) for profile in PROFILES},
@@ -47,6 +53,9 @@ CASES: dict[str, Case] = {
     "flat_kvs2": Case("flat", ("--profile", "kvs2")),
     "flat_fp8": Case("flat", ("--profile", "fp8")),
     "flat_tq3": Case("flat", ("--profile", "tq3")),
+    "rope_kvs2": Case("real", ("--profile", "kvs2", "--rope", "theta=1e5")),
+    "rope_llama3": Case("layers", ("--profile", "kvs3", "--chunk-tokens", "100", "--rope", LLAMA3)),
+    "rope_not_finite": Case("not_finite", ("--profile", "kvs2", "--rope", "theta=1e5")),
     "not_finite": Case("not_finite", ("--profile", "kvs2")),
 }
 

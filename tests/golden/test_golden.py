@@ -74,11 +74,13 @@ def test_the_files_are_those_of_the_manifest() -> None:
 
 
 def test_every_feature_of_the_format_is_in_a_golden_file() -> None:
-    seen: dict[str, set[Any]] = {key: set() for key in ("profile", "dtype", "code", "rank", "rows", "raw_rows")}
+    seen: dict[str, set[Any]] = {key: set() for key in ("profile", "dtype", "code", "rank", "rows", "raw_rows", "rope")}
     for name in CASES:
         for shard in describe_bytes((DATA / f"{name}.kvs").read_bytes(), False)["shards"]:
             for key in ("profile", "dtype", "raw_rows"):
                 seen[key].add(shard[key])
+            if shard["rope"] is not None:
+                seen["rope"] |= {shard["rope"]["scaling"], shard["rope"]["gptj"]}
             for block in shard["blocks"]:
                 seen["code"].add(block["code"])
                 seen["rank"].add(min(block["rank"], 2))
@@ -88,6 +90,7 @@ def test_every_feature_of_the_format_is_in_a_golden_file() -> None:
     assert seen["code"] == {0, 1, 2, *range(16, 23)}
     assert seen["rank"] == {0, 1, 2}
     assert {1, 128} <= seen["rows"]
+    assert {"none", "llama3", False, True} <= seen["rope"]
     assert {0, 1, 4} <= seen["raw_rows"]
 
 
@@ -116,7 +119,7 @@ def test_exact_values_come_back_exact(sources: Path) -> None:
         np.testing.assert_array_equal(decoded[name], exact_values(np.frombuffer(data, np.uint8), 1).reshape(shape))
 
 
-@pytest.mark.parametrize("name", ["kvs2", "eoptshrinkq2", "tq3", "chunks"])
+@pytest.mark.parametrize("name", ["kvs2", "eoptshrinkq2", "tq3", "chunks", "rope_kvs2"])
 def test_low_rank_part_of_a_golden_file(name: str) -> None:
     """Exact where the whole is: the first four tokens. Elsewhere another value, as the residual is left out."""
     data = (DATA / f"{name}.kvs").read_bytes()

@@ -60,7 +60,7 @@ TEST_F(CliTest, EncodesInspectsVerifiesAndDecodes) {
   const Json encoded = RunJson("encode '" + kTrace + "' " + Quoted("a.kvs") + " --profile kvs3");
   EXPECT_EQ(encoded["profile"], "kvs3");
   EXPECT_EQ(encoded["shards"], 12);
-  EXPECT_EQ(encoded["raw_tokens"], 4);
+  EXPECT_EQ(encoded["raw_tokens"], 1);
   const std::string file = ReadFile(dir_.File("a.kvs"));
   EXPECT_EQ(encoded["file_bytes"], file.size());
   const double bits = encoded["bits_per_entry"].get<double>();
@@ -72,7 +72,7 @@ TEST_F(CliTest, EncodesInspectsVerifiesAndDecodes) {
   EXPECT_EQ(inspected["form"], "kvs");
   EXPECT_EQ(inspected["chunks"], 2);
   EXPECT_EQ(inspected["layers"], Json({0, 6, 12, 17, 23, 29}));
-  EXPECT_EQ(inspected["metadata"]["raw_tokens"], "4");
+  EXPECT_EQ(inspected["metadata"]["raw_tokens"], "1");
   EXPECT_THAT(inspected["metadata"]["model"].get<std::string>(), HasSubstr("SmolLM2"));
   ASSERT_EQ(inspected["shards"].size(), 12U);
   uint64_t shard_bytes = 0;
@@ -115,9 +115,9 @@ TEST_F(CliTest, RopeIsAnOptionOfEncodeAndEval) {
   EXPECT_EQ(encoded["rope"], "theta=1e5,dim=64");
   EXPECT_LT(encoded["rel_mse_k"].get<double>(), 0.7 * plain["rel_mse_k"].get<double>());
   const Json inspected = RunJson("inspect " + Quoted("a.kvs"));
-  EXPECT_EQ(inspected["shards"][11]["rope"], "theta=100000,dim=64,pairing=neox");
+  EXPECT_EQ(inspected["shards"][11]["rope"], "theta=1e+05,dim=64,pairing=neox");
   EXPECT_TRUE(RunJson("inspect " + Quoted("plain.kvs"))["shards"][11]["rope"].is_null());
-  EXPECT_THAT(Run("inspect " + Quoted("a.kvs")).out, HasSubstr("theta=100000,dim=64"));
+  EXPECT_THAT(Run("inspect " + Quoted("a.kvs")).out, HasSubstr("theta=1e+05,dim=64"));
   EXPECT_EQ(RunJson("verify " + Quoted("a.kvs"))["ok"], true);
 
   const Json eval = RunJson("eval '" + kTrace + "' --profile kvs2 " + kRope);
@@ -152,7 +152,7 @@ TEST_F(CliTest, RopeOfTheTraceIsHonoured) {
             text);
   EXPECT_EQ(ReadFile(dir_.File("a.kvs")), ReadFile(dir_.File("b.kvs")));
   const Json inspected = RunJson("inspect " + Quoted("a.kvs"));
-  EXPECT_EQ(inspected["shards"][0]["rope"], "theta=100000,dim=64,pairing=neox");
+  EXPECT_EQ(inspected["shards"][0]["rope"], "theta=1e+05,dim=64,pairing=neox");
   EXPECT_TRUE(inspected["shards"][1]["rope"].is_null());
   EXPECT_EQ(RunJson("encode " + Quoted("t") + " " + Quoted("c.kvs") + " --rope none")["rope"],
             "none");

@@ -16,8 +16,8 @@ from kvshrink import FailedPrecondition, InvalidArgument, KVShrinkError, evaluat
 from kvshrink.evaluation import ProfileEvaluation, find_binary
 from kvshrink.trace_file import to_array, trace_arrays, write_trace
 
-ROOT = Path(__file__).resolve().parents[3]
-BINARY = Path(os.environ.get("KVSHRINK_BIN_DIR", ROOT / "build" / "dev" / "bin")) / "kvshrink"
+PROJECT = Path(__file__).resolve().parents[1]
+BINARY = Path(os.environ.get("KVSHRINK_BIN_DIR", PROJECT.parents[1] / "build" / "dev" / "bin")) / "kvshrink"
 
 
 def normal(*shape: int, seed: int = 0, dtype: Any = np.float16) -> Any:
@@ -172,3 +172,11 @@ def test_refusals_of_the_program() -> None:
         evaluate_trace("nowhere.safetensors", binary=BINARY)
     with pytest.raises(InvalidArgument, match="profiles"):
         evaluate({0: (KV, KV)}, "kvs2", binary=BINARY)
+
+
+def test_example_of_the_readme(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = (PROJECT / "README.md").read_text().split("```python\n")[1:]
+    (example,) = (block.partition("```")[0] for block in blocks if "kvshrink.evaluate(" in block)
+    monkeypatch.setenv("KVSHRINK_BIN", str(BINARY))
+    exec(example, {})  # noqa: S102
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["kvs2", "kvs3", "tq3"]

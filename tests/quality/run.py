@@ -10,7 +10,6 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from tqdm import tqdm
@@ -32,22 +31,22 @@ KVTC_RATES = (2, 3, 4)
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A profile, and options of `kvshrink eval` that change what is coded."""
+    """A profile; rope: K is coded before the rotary embedding of the trace's model."""
 
     profile: str
-    options: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def text(self) -> str:
-        return ";".join(f"{name}={value}" for name, value in self.options)
+    rope: bool = False
 
 
-SETTINGS = tuple(Setting(name) for name in ("raw", "fp8", "tq2", "tq3", "tq4", "eoptshrinkq2", "kvs2", "kvs3", "kvs4"))
+SETTINGS = (
+    *(Setting(name) for name in ("raw", "fp8", "tq2", "tq3", "tq4", "eoptshrinkq2")),
+    *(Setting(name, rope) for rope in (False, True) for name in ("kvs2", "kvs3", "kvs4")),
+)
 
 
 def profile_row(trace: Trace, setting: Setting, binary: Path) -> Row:
     """By the program: its bits are the bytes of real shards."""
-    (found,) = evaluate_trace(trace.path, [setting.profile], binary=binary, **dict(setting.options)).profiles
+    rope = trace.rope if setting.rope else "none"
+    (found,) = evaluate_trace(trace.path, [setting.profile], binary=binary, rope=rope).profiles
     if found.logit_rmse is None or found.attention_rel_error is None or found.attention_kl is None:
         raise ValueError(f"trace '{trace.name}' has no queries: attention can't be measured")
     ranked = setting.profile.startswith(("kvs", "eoptshrink"))
@@ -56,7 +55,7 @@ def profile_row(trace: Trace, setting: Setting, binary: Path) -> Row:
         model=trace.model,
         head_dim=trace.head_dim,
         codec=setting.profile,
-        options=setting.text,
+        options="rope" if setting.rope else "",
         bits_per_entry=found.bits_per_entry,
         bits_k=found.bits_per_entry_k,
         bits_v=found.bits_per_entry_v,

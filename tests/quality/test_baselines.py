@@ -74,6 +74,15 @@ def test_rotary_embedding_and_back() -> None:
     np.testing.assert_allclose(two[2, 0], [np.cos(2) - np.sin(2), np.sin(2) + np.cos(2)], rtol=1e-6)
 
 
+def test_rotary_embedding_as_the_command_takes_it(trace: Trace) -> None:
+    layer = trace.layers[0]
+    assert trace.rope == "theta=1e+06"
+    gemma = Trace(Path("a"), "Gemma 3 of a test", dict.fromkeys((0, 2, 5, 8, 11), layer))
+    assert gemma.rope == "theta=10000,theta@5/11=1e+06"
+    with pytest.raises(ValueError, match="Unknown"):
+        Trace(Path("a"), "Unknown", {0: layer}).rope_base(0)
+
+
 def test_bytes_of_a_run() -> None:
     x = normal(50, 16)
     for bits, size, largest in ((2, 50 * 16 // 4 + 200, 0.12), (4, 50 * 16 // 2 + 200, 0.006), (8, 50 * 16, 0.001)):

@@ -55,6 +55,15 @@ class Trace:
         """Of the rotary embedding: channel j pairs with j + head_dim / 2, by base ^ (-2 j / head_dim) per position."""
         return rope_base(self.model, layer)
 
+    @property
+    def rope(self) -> str:
+        """The embedding of all layers as `--rope` takes it."""
+        layers_of: dict[float, list[int]] = {}
+        for layer in self.layers:
+            layers_of.setdefault(self.rope_base(layer), []).append(layer)
+        (most, _), *others = sorted(layers_of.items(), key=lambda item: -len(item[1]))
+        return ",".join([f"theta={most:g}", *(f"theta@{'/'.join(map(str, of))}={base:g}" for base, of in others)])
+
 
 def rope_base(model: str, layer: int) -> float:
     if model.startswith("Gemma 3"):

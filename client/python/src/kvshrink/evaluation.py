@@ -138,7 +138,8 @@ def evaluate(
     kind (bfloat16 by ml_dtypes or as uint16 bits): numpy arrays, or what converts to them on the CPU, as torch tensors
     do. They are not changed. scale is that of q.k, 1 / sqrt(head_dim) by default; metadata goes into the trace.
 
-    options are those of the command `kvshrink eval`: chunk_tokens, raw_tokens, max_relative_error, threads, backend.
+    options are those of the command `kvshrink eval`: chunk_tokens, raw_tokens, max_relative_error, rope (as text:
+    "theta=1e6"), threads, backend.
 
     Errors: InvalidArgument names the layer and what doesn't fit, or the option; FailedPrecondition: no program;
     KVShrinkError: what the program said; subprocess.TimeoutExpired after timeout_s.

@@ -1,19 +1,24 @@
 // The way of one block through the stages of an encoder, and its decisions: the same for every
 // backend. A backend brings `Stages`:
-//   void Load(const Backend::BlockInput& in, int exponent)     coded rows times 2^-exponent, raw
-//   rows as zeros double energy() const                                      sum of squares of what
-//   was loaded void CodeLowRank(Family family, Backend::BlockOutput* out) sets rank and factors;
-//   leaves the rotated residual double CodeResidual(Family family, BlockCode code,
-//   std::vector<uint8_t>* scales, std::vector<uint8_t>* codes)
-//                                                              returns the sum of squared error;
-//                                                              may be called again with another
-//                                                              code
+//   void Load(const Backend::BlockInput& in, int exponent)
+//       coded rows times 2^-exponent, raw rows as zeros
+//   double energy() const
+//       sum of squares of what was loaded
+//   std::vector<double> FindSpectrum()
+//       largest squared singular values of what was loaded, descending
+//   void CodeLowRank(Family family, Backend::BlockOutput* out)
+//       sets rank and factors; leaves the rotated residual
+//   double CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales,
+//                       std::vector<uint8_t>* codes)
+//       returns the sum of squared error; may be called again with another code
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "block_plan.h"
 #include "format/layout.h"
 #include "kvshrink/codec.h"
 #include "stages/digits.h"
@@ -35,6 +40,12 @@ inline std::vector<BlockCode> LevelLadder(Profile profile) {
     }
   }
   return ladder;
+}
+
+// The alphabets that a rate target chooses from: those of the profile's kind, coarsest first.
+inline std::vector<BlockCode> RateCodes(Profile profile) {
+  static_cast<void>(profile);
+  return LevelLadder(Profile::kKvs2);
 }
 
 inline void KeepRaw(Backend::BlockOutput* out) {
@@ -73,7 +84,8 @@ void EncodeLevels(const Backend::BlockSettings& settings, Family family,
   const double bound = settings.max_relative_error > 0
                            ? settings.max_relative_error * stages->energy()
                            : std::numeric_limits<double>::infinity();
-  const std::vector<BlockCode> ladder = LevelLadder(settings.profile);
+  const std::vector<BlockCode> ladder =
+      in.plan != nullptr ? std::vector<BlockCode>{in.plan->code} : LevelLadder(settings.profile);
   for (const BlockCode code : ladder) {
     out->code = code;
     out->scales.clear();
@@ -88,27 +100,60 @@ void EncodeLevels(const Backend::BlockSettings& settings, Family family,
   KeepRaw(out);
 }
 
-template <typename Stages>
-void EncodeBlock(const Backend::BlockSettings& settings, const Backend::BlockInput& in,
-                 Stages* stages, Backend::BlockOutput* out) {
+// What is settled by a block's range alone: true when it is to be coded, with its exponent in
+// `out`.
+inline bool BeginBlock(Family family, const Backend::BlockInput& in, Backend::BlockOutput* out) {
   *out = Backend::BlockOutput{};
-  const Family family = GetProfileInfo(settings.profile).family;
-  const size_t d = in.d;
-  const float* coded = in.rows + in.raw_rows * d;
-  const size_t count = (in.n - in.raw_rows) * d;
+  const float* coded = in.rows + in.raw_rows * in.d;
+  const size_t count = size_t{in.n - in.raw_rows} * in.d;
   const stages::BlockRange range = stages::RangeOf(coded, count);
   out->energy = range.finite ? stages::SumOfSquares(coded, count) : 0;
   if (count == 0 || (range.largest == 0 && range.finite && family != Family::kRaw)) {
-    return;  // all zero
+    return false;  // all zero
   }
   const int exponent = range.finite ? stages::BlockExponent(range.largest) : 0;
   if (family == Family::kRaw || !range.finite || exponent < format::kMinExponent ||
       exponent > format::kMaxExponent) {
-    return KeepRaw(out);
+    KeepRaw(out);
+    return false;
   }
   out->exponent = exponent;
+  return true;
+}
+
+template <typename Stages>
+void AnalyseBlock(const Backend::BlockSettings& settings, const Backend::BlockInput& in,
+                  Stages* stages, Backend::BlockSpectrum* out) {
+  *out = Backend::BlockSpectrum{};
+  Backend::BlockOutput block;
+  out->coded = BeginBlock(GetProfileInfo(settings.profile).family, in, &block);
+  out->code = block.code;
+  out->energy = block.energy;
+  if (!out->coded) {
+    return;
+  }
+  stages->Load(in, block.exponent);
+  const std::vector<double> lambda = stages->FindSpectrum();
+  out->count = static_cast<int>(std::min(lambda.size(), out->lambda.size()));
+  for (int i = 0; i < out->count; ++i) {
+    out->lambda[static_cast<size_t>(i)] =
+        std::ldexp(lambda[static_cast<size_t>(i)], 2 * block.exponent);
+  }
+}
+
+template <typename Stages>
+void EncodeBlock(const Backend::BlockSettings& settings, const Backend::BlockInput& in,
+                 Stages* stages, Backend::BlockOutput* out) {
+  const Family family = GetProfileInfo(settings.profile).family;
+  if (!BeginBlock(family, in, out)) {
+    return;
+  }
+  if (in.plan != nullptr && in.plan->code == BlockCode::kRaw) {
+    return KeepRaw(out);
+  }
+  const size_t count = size_t{in.n - in.raw_rows} * in.d;
   if (family == Family::kFp8) {
-    EncodeFp8(coded, count, out);
+    EncodeFp8(in.rows + in.raw_rows * in.d, count, out);
     if (settings.max_relative_error > 0 &&
         out->error_energy > settings.max_relative_error * out->energy) {
       KeepRaw(out);

@@ -7,6 +7,7 @@
 #include "gather.h"
 #include "kvshrink/codec.h"
 #include "kvshrink/error.h"
+#include "rate_target.h"
 #include "rope_rows.h"
 #include "stages/exponent.h"
 
@@ -16,6 +17,7 @@ namespace {
 // Blocks that are in fp32 at a time: bounds the memory beside input and output, enough to keep
 // threads busy.
 constexpr size_t kBatchBlocks = 64;
+constexpr double kMostBitsPerEntry = 64;
 
 absl::Status CheckTensor(std::string_view name, const ConstTensor& tensor) {
   KVSHRINK_RETURN_IF_ERROR(ValidateShape(tensor.shape));
@@ -25,6 +27,26 @@ absl::Status CheckTensor(std::string_view name, const ConstTensor& tensor) {
   }
   if (tensor.data == nullptr) {
     return BadArgument(StrCat(name, ".data"), "null", "must point at the tensor");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckRate(const EncodeOptions& options) {
+  if (!(options.bits_per_entry >= 0) || options.bits_per_entry > kMostBitsPerEntry) {
+    return BadArgument("bits_per_entry", options.bits_per_entry,
+                       StrCat("must be 0..", kMostBitsPerEntry));
+  }
+  if (options.bits_per_entry > 0 && GetProfileInfo(options.profile).family != Family::kKvs) {
+    return BadArgument(
+        "bits_per_entry", options.bits_per_entry,
+        StrCat("needs a kvs profile; this is ", GetProfileInfo(options.profile).name));
+  }
+  if (options.bits_per_entry > 0 && options.max_relative_error > 0) {
+    return BadArgument("max_relative_error", options.max_relative_error,
+                       "can't be kept together with bits_per_entry: give one of them");
+  }
+  if (options.fixed_size && !(options.bits_per_entry > 0)) {
+    return BadArgument("fixed_size", "true", "needs bits_per_entry");
   }
   return absl::OkStatus();
 }
@@ -55,7 +77,7 @@ absl::Status CheckArguments(const ConstTensor& k, const ConstTensor& v,
   if (options.rope.has_value()) {
     KVSHRINK_RETURN_IF_ERROR(ValidateRope(*options.rope, k.shape.head_dim));
   }
-  return absl::OkStatus();
+  return CheckRate(options);
 }
 
 // Encodes the blocks of a shard batch by batch.
@@ -63,12 +85,13 @@ class ShardEncoder {
  public:
   ShardEncoder(const Backend& backend, const ConstTensor& k, const ConstTensor& v,
                const EncodeOptions& options)
-      : backend_(backend), k_(k), v_(v) {
+      : backend_(backend), k_(k), v_(v), options_(options) {
     header_.profile = options.profile;
     header_.dtype = k.dtype;
     header_.shape = k.shape;
     header_.first_token = options.first_token;
     header_.layer = options.layer;
+    header_.padded = options.fixed_size;
     header_.raw_rows = std::min(
         k.shape.tokens, options.raw_tokens - std::min(options.raw_tokens, options.first_token));
     if (options.rope.has_value() && options.profile != Profile::kRaw) {
@@ -86,11 +109,12 @@ class ShardEncoder {
     energy_.resize(header_.blocks());
   }
 
-  std::string Run(ShardReport* report) {
-    for (size_t first = 0; first < places_.size(); first += kBatchBlocks) {
-      EncodeBatch(first, std::min(kBatchBlocks, places_.size() - first));
+  absl::StatusOr<std::string> Run(ShardReport* report) {
+    if (options_.bits_per_entry > 0) {
+      KVSHRINK_RETURN_IF_ERROR(Plan());
     }
-    std::string bytes = format::WriteShard(header_, coded_);
+    ForEachBatch([this](size_t first) { EncodeBatch(first); });
+    std::string bytes = format::WriteShard(header_, coded_, slot_bytes());
     if (report != nullptr) {
       *report = MakeReport(bytes.size());
     }
@@ -102,11 +126,23 @@ class ShardEncoder {
     return place.kind == Kind::kKey ? k_ : v_;
   }
 
-  void EncodeBatch(size_t first, size_t count) {
+  // Of a shard with a fixed size; else 0.
+  uint64_t slot_bytes() const {
+    return header_.padded ? ShardBytesAt(header_.shape, options_.bits_per_entry) : 0;
+  }
+
+  void ForEachBatch(absl::FunctionRef<void(size_t)> body) {
+    for (size_t first = 0; first < places_.size(); first += kBatchBlocks) {
+      LoadBatch(first, std::min(kBatchBlocks, places_.size() - first));
+      body(first);
+    }
+  }
+
+  // Leaves the rows of the batch's blocks in `inputs_`.
+  void LoadBatch(size_t first, size_t count) {
     const size_t d = header_.shape.head_dim;
     rows_.resize(count * kBlockTokens * d);
     inputs_.resize(count);
-    outputs_.resize(count);
     backend_.ForEach(count, [&](size_t i) {
       const BlockView& place = places_[first + i];
       float* rows = rows_.data() + i * kBlockTokens * d;
@@ -115,10 +151,28 @@ class ShardEncoder {
       if (rope_rows_.has_value() && place.kind == Kind::kKey) {
         rope_rows_->Undo(place, rows + place.raw_rows * d);
       }
-      inputs_[i] = {rows, place.kind, place.rows, header_.shape.head_dim, place.raw_rows};
+      inputs_[i] = {rows,           place.kind,
+                    place.rows,     header_.shape.head_dim,
+                    place.raw_rows, plans_.empty() ? nullptr : &plans_[first + i]};
     });
+  }
+
+  absl::Status Plan() {
+    std::vector<Backend::BlockSpectrum> spectra(places_.size());
+    ForEachBatch([&](size_t first) {
+      backend_.AnalyseBlocks(settings_, inputs_, std::span(spectra).subspan(first, inputs_.size()));
+    });
+    absl::StatusOr<std::vector<BlockPlan>> plans =
+        PlanForRate(header_, places_, spectra, options_.bits_per_entry);
+    KVSHRINK_RETURN_IF_ERROR(plans.status());
+    plans_ = *std::move(plans);
+    return absl::OkStatus();
+  }
+
+  void EncodeBatch(size_t first) {
+    outputs_.resize(inputs_.size());
     backend_.EncodeBlocks(settings_, inputs_, outputs_);
-    for (size_t i = 0; i < count; ++i) {
+    for (size_t i = 0; i < inputs_.size(); ++i) {
       const BlockView& place = places_[first + i];
       format::CodedBlock& coded = coded_[first + i];
       AppendRowBytes(TensorOf(place), {place.head, place.first_row, place.raw_rows},
@@ -165,12 +219,14 @@ class ShardEncoder {
   const Backend& backend_;
   const ConstTensor& k_;
   const ConstTensor& v_;
+  const EncodeOptions& options_;
   ShardHeader header_;
   std::optional<RopeRows> rope_rows_;
   Backend::BlockSettings settings_;
   std::vector<BlockView> places_;
   std::vector<format::CodedBlock> coded_;
   std::vector<double> energy_;
+  std::vector<BlockPlan> plans_;  // with a rate target
   std::vector<float> rows_;
   std::vector<Backend::BlockInput> inputs_;
   std::vector<Backend::BlockOutput> outputs_;

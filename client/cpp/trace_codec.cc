@@ -76,6 +76,8 @@ absl::Status EncodeTrace(const Backend& backend, const Trace& trace, const Codin
   options.profile = settings.profile;
   options.raw_tokens = RawTokens(settings, trace);
   options.max_relative_error = settings.max_relative_error;
+  options.bits_per_entry = settings.bits_per_entry;
+  options.fixed_size = settings.fixed_size;
   for (uint32_t chunk = 0; chunk < chunks.size(); ++chunk) {
     options.first_token = chunks[chunk].first_token;
     for (size_t place = 0; place < trace.layers().size(); ++place) {

@@ -28,6 +28,14 @@ class CpuBackend final : public Backend {
     pool_.ForEach(count, body);
   }
 
+  void AnalyseBlocks(const BlockSettings& settings, std::span<const BlockInput> in,
+                     std::span<BlockSpectrum> out) const override {
+    pool_.ForEach(in.size(), [&](size_t i) {
+      static thread_local cpu::CpuStages stages;
+      AnalyseBlock(settings, in[i], &stages, &out[i]);
+    });
+  }
+
   void EncodeBlocks(const BlockSettings& settings, std::span<const BlockInput> in,
                     std::span<BlockOutput> out) const override {
     pool_.ForEach(in.size(), [&](size_t i) {

@@ -38,6 +38,7 @@ void CpuStages::Load(const Backend::BlockInput& in, int exponent) {
   SetShape(in.n, in.d);
   raw_rows_ = in.raw_rows;
   kind_ = in.kind;
+  plan_ = in.plan;
   m_ = in.n - in.raw_rows;
   x_.assign(size_t{n_} * d_, 0.0F);
   const stages::PowerOfTwo down(-exponent);
@@ -166,13 +167,20 @@ void CpuStages::Rotate(std::vector<float>* rows) const {
   loops_.rotate(row_signs_.data(), m_, d_, rows->data());
 }
 
+std::vector<double> CpuStages::FindSpectrum() {
+  FindSubspace();
+  const size_t count = std::min({size_t{n_}, size_t{d_}, kPanel});
+  return {lambda_.begin(), lambda_.begin() + static_cast<std::ptrdiff_t>(count)};
+}
+
 void CpuStages::CodeLowRank(Family family, Backend::BlockOutput* out) {
   if (family == Family::kKvs) {
-    FindSubspace();
-    const int count = static_cast<int>(std::min({size_t{n_}, size_t{d_}, kPanel}));
+    const std::vector<double> lambda = FindSpectrum();
     const stages::RankChoice choice =
-        stages::ChooseRank(lambda_.data(), count, energy_, static_cast<int>(n_),
-                           static_cast<int>(d_), stages::RankPolicyOf(kind_));
+        plan_ != nullptr ? plan_->choice
+                         : stages::ChooseRank(lambda.data(), static_cast<int>(lambda.size()),
+                                              energy_, static_cast<int>(n_), static_cast<int>(d_),
+                                              stages::RankPolicyOf(kind_));
     out->rank = static_cast<uint32_t>(choice.rank);
     if (choice.rank > 0) {
       CodeKvsFactors(choice, out);

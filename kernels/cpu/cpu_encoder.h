@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "block_plan.h"
 #include "cpu/loops.h"
 #include "kvshrink/codec.h"
 #include "stages/kvs_factors.h"
@@ -18,6 +19,7 @@ class CpuStages {
  public:
   void Load(const Backend::BlockInput& in, int exponent);
   double energy() const { return energy_; }
+  std::vector<double> FindSpectrum();
   void CodeLowRank(Family family, Backend::BlockOutput* out);
   double CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales,
                       std::vector<uint8_t>* codes);
@@ -36,6 +38,7 @@ class CpuStages {
   const Loops& loops_ = ChooseLoops();
   uint32_t n_ = 0, d_ = 0, raw_rows_ = 0, m_ = 0;
   Kind kind_ = Kind::kKey;
+  const BlockPlan* plan_ = nullptr;
   double energy_ = 0;
   std::vector<float> x_;      // n x d: the scaled block, then its residual
   std::vector<float> coded_;  // m x d, rotated residual

@@ -73,7 +73,11 @@ absl::Status ReadHeader(const uint8_t* data, ShardHeader* header, Sections* sect
       CheckLimit("first_token", header->first_token, 0, (uint64_t{1} << 31) - 1 - shape.tokens));
   header->layer = LoadLittle<uint16_t>(data + at::kLayer);
   KVSHRINK_RETURN_IF_ERROR(CheckLimit("layer", header->layer, 0, kMaxLayer));
-  KVSHRINK_RETURN_IF_ERROR(CheckLimit("flags", LoadLittle<uint16_t>(data + at::kFlags), 0, 0));
+  const auto flags = LoadLittle<uint16_t>(data + at::kFlags);
+  if ((flags & ~format::kFlagPadded) != 0) {
+    return BadShard("flags", flags, "unknown to this build");
+  }
+  header->padded = (flags & format::kFlagPadded) != 0;
   header->raw_rows = LoadLittle<uint32_t>(data + at::kRawRows);
   KVSHRINK_RETURN_IF_ERROR(CheckLimit("raw_rows", header->raw_rows, 0, shape.tokens));
   sections->extensions = LoadLittle<uint32_t>(data + at::kExtBytes);
@@ -224,11 +228,14 @@ absl::StatusOr<Shard> Shard::Parse(std::string_view bytes, Extent extent) {
   }
   KVSHRINK_RETURN_IF_ERROR(CheckSection("low", sections.low, low_sum));
   KVSHRINK_RETURN_IF_ERROR(CheckSection("scales", sections.scales, scales_sum));
-  KVSHRINK_RETURN_IF_ERROR(CheckSection("codes", sections.codes, codes_sum));
+  if (!header.padded || sections.codes < codes_sum || sections.codes > kMaxEntries * 8) {
+    KVSHRINK_RETURN_IF_ERROR(CheckSection("codes", sections.codes, codes_sum));
+  }
+  const uint64_t padding_bytes = sections.codes - codes_sum;
 
   const size_t scales_begin = low_begin + low_sum;
   const size_t codes_begin = scales_begin + scales_sum;
-  const size_t end = codes_begin + codes_sum;
+  const size_t end = codes_begin + sections.codes;
   const bool whole = bytes.size() == end;
   if (!whole && (extent == Extent::kWhole || bytes.size() < scales_begin || bytes.size() > end)) {
     return BadShard("size", bytes.size(),
@@ -239,7 +246,7 @@ absl::StatusOr<Shard> Shard::Parse(std::string_view bytes, Extent extent) {
     KVSHRINK_RETURN_IF_ERROR(
         CheckChecksum("scales", data, at::kScalesChecksum, data + scales_begin, scales_sum));
     KVSHRINK_RETURN_IF_ERROR(
-        CheckChecksum("codes", data, at::kCodesChecksum, data + codes_begin, codes_sum));
+        CheckChecksum("codes", data, at::kCodesChecksum, data + codes_begin, sections.codes));
   }
 
   const uint8_t* low = data + low_begin;
@@ -263,7 +270,7 @@ absl::StatusOr<Shard> Shard::Parse(std::string_view bytes, Extent extent) {
   shard.bytes_ = bytes.size();
   shard.preview_ = !whole;
   shard.preview_bytes_ = scales_begin;
-  shard.shared_bytes_ = low_begin;
+  shard.shared_bytes_ = low_begin + padding_bytes;
   return shard;
 }
 

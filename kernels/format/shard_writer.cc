@@ -19,6 +19,7 @@ void WriteHeader(const ShardHeader& header, uint32_t ext_bytes, uint8_t* data) {
   StoreLittle<uint32_t>(header.shape.tokens, data + offset::kTokens);
   StoreLittle<uint32_t>(header.first_token, data + offset::kFirstToken);
   StoreLittle(static_cast<uint16_t>(header.layer), data + offset::kLayer);
+  StoreLittle(static_cast<uint16_t>(header.padded ? kFlagPadded : 0), data + offset::kFlags);
   StoreLittle<uint32_t>(header.raw_rows, data + offset::kRawRows);
   StoreLittle(ext_bytes, data + offset::kExtBytes);
 }
@@ -51,7 +52,8 @@ size_t TotalBytes(std::span<const CodedBlock> blocks) {
 
 }  // namespace
 
-std::string WriteShard(const ShardHeader& header, std::span<const CodedBlock> blocks) {
+std::string WriteShard(const ShardHeader& header, std::span<const CodedBlock> blocks,
+                       uint64_t slot_bytes) {
   const std::string extensions = WriteExtensions(header.extensions);
   std::string out;
   out.reserve(extensions.size() + TotalBytes(blocks));
@@ -76,6 +78,9 @@ std::string WriteShard(const ShardHeader& header, std::span<const CodedBlock> bl
     Append(block.output.codes, &out);
     out.append(block.raw_block);
     Pad(codes_begin, &out);
+  }
+  if (header.padded) {
+    out.resize(std::max<size_t>(out.size(), slot_bytes), '\0');
   }
 
   auto* data = reinterpret_cast<uint8_t*>(out.data());

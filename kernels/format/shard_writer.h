@@ -22,7 +22,9 @@ struct CodedBlock {
   }
 };
 
-// blocks: header.blocks() of them, in the order of the format.
-std::string WriteShard(const ShardHeader& header, std::span<const CodedBlock> blocks);
+// blocks: header.blocks() of them, in the order of the format. Where header.padded, the shard gets
+// `slot_bytes` bytes in all, which must hold it.
+std::string WriteShard(const ShardHeader& header, std::span<const CodedBlock> blocks,
+                       uint64_t slot_bytes = 0);
 
 }  // namespace kvshrink::format

@@ -108,6 +108,14 @@ class ReferenceBackend final : public Backend {
 
   std::string_view name() const override { return exact_ ? "reference-exact" : "reference"; }
 
+  void AnalyseBlocks(const BlockSettings& settings, std::span<const BlockInput> in,
+                     std::span<BlockSpectrum> out) const override {
+    for (size_t i = 0; i < in.size(); ++i) {
+      reference::ReferenceStages stages(exact_);
+      AnalyseBlock(settings, in[i], &stages, &out[i]);
+    }
+  }
+
   void EncodeBlocks(const BlockSettings& settings, std::span<const BlockInput> in,
                     std::span<BlockOutput> out) const override {
     for (size_t i = 0; i < in.size(); ++i) {

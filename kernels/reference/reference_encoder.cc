@@ -30,6 +30,7 @@ Matrix Orthonormalised(const Matrix& columns) {
 void ReferenceStages::Load(const Backend::BlockInput& in, int exponent) {
   raw_rows_ = in.raw_rows;
   kind_ = in.kind;
+  plan_ = in.plan;
   x_ = Matrix::Zero(in.n, in.d);
   for (uint32_t t = in.raw_rows; t < in.n; ++t) {
     for (uint32_t c = 0; c < in.d; ++c) {
@@ -132,9 +133,12 @@ void ReferenceStages::CodeLowRank(Family family, Backend::BlockOutput* out) {
   const auto d = static_cast<uint32_t>(x_.cols());
   if (family == Family::kKvs) {
     const Spectrum spectrum = LeadingEigenpairs();
-    const stages::RankChoice choice = stages::ChooseRank(
-        spectrum.values.data(), static_cast<int>(spectrum.values.size()), energy(),
-        static_cast<int>(n), static_cast<int>(d), stages::RankPolicyOf(kind_));
+    const stages::RankChoice choice =
+        plan_ != nullptr
+            ? plan_->choice
+            : stages::ChooseRank(spectrum.values.data(), static_cast<int>(spectrum.values.size()),
+                                 energy(), static_cast<int>(n), static_cast<int>(d),
+                                 stages::RankPolicyOf(kind_));
     out->rank = static_cast<uint32_t>(choice.rank);
     const Matrix low = choice.rank > 0 ? CodeKvsFactors(spectrum, choice, out) : Matrix::Zero(n, d);
     residual_ = (x_ - low).bottomRows(m);

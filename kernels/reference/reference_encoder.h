@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "block_plan.h"
 #include "kvshrink/codec.h"
 #include "stages/rank_rule.h"
 
@@ -20,6 +21,7 @@ class ReferenceStages {
 
   void Load(const Backend::BlockInput& in, int exponent);
   double energy() const { return x_.squaredNorm(); }
+  std::vector<double> FindSpectrum() const { return LeadingEigenpairs().values; }
   void CodeLowRank(Family family, Backend::BlockOutput* out);
   double CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales,
                       std::vector<uint8_t>* codes) const;
@@ -41,6 +43,7 @@ class ReferenceStages {
   bool exact_;
   uint32_t raw_rows_ = 0;
   Kind kind_ = Kind::kKey;
+  const BlockPlan* plan_ = nullptr;
   Matrix x_;             // n x d, scaled, raw rows zero
   Matrix residual_;      // m x d, rotated: what is coded
   Matrix error_target_;  // m x d, rotated: what the coded residual should have been, given the

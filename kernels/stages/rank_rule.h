@@ -82,4 +82,17 @@ RankChoice ChooseRank(const T* lambda, int count, T energy, int n, int d, RankPo
   return choice;
 }
 
+// What the choice leaves of the energy for the residual, by the rule's own estimate.
+template <typename T>
+T EnergyLeft(const RankChoice& choice, const T* lambda, T energy) {
+  T left = energy;
+  for (int i = 0; i < choice.rank; ++i) {
+    const FactorBits& bits = choice.bits[static_cast<size_t>(i)];
+    const T distortion = static_cast<T>(FactorCodebook(bits.token).distortion +
+                                        FactorCodebook(bits.channel).distortion);
+    left -= (T{1} - std::min(T{1}, distortion)) * lambda[i];
+  }
+  return std::max(T{0}, left);
+}
+
 }  // namespace kvshrink::stages

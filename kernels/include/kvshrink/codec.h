@@ -20,6 +20,8 @@
 
 namespace kvshrink {
 
+struct BlockPlan;  // block_plan.h
+
 inline constexpr uint32_t kDefaultRawTokens = 1;
 inline constexpr int kMaxRank = 12;  // of the kvs profiles
 
@@ -33,10 +35,21 @@ struct EncodeOptions {
   // Bound on a block's sum of squared error / sum of squares; 0 = none. A block above it gets more
   // bits, then is kept raw.
   double max_relative_error = 0;
+  // Bits per entry that the shard keeps to, every byte counted; 0 = what the profile's rule gives.
+  // Alphabets and ranks are then chosen over the shard's blocks for the least attention error. kvs
+  // profiles; not together with max_relative_error.
+  double bits_per_entry = 0;
+  // With bits_per_entry: every shard of a shape has the same size, ShardBytesAt(). For stores of
+  // equal slots.
+  bool fixed_size = false;
   // The embedding that K carries: it is undone before coding and redone by decoders. Any profile;
   // `raw`, which codes nothing, leaves it out.
   std::optional<Rope> rope = std::nullopt;
 };
+
+// Size of a shard with `fixed_size`, and the most of any shard with this `bits_per_entry`: a whole
+// number of 32-bit words.
+uint64_t ShardBytesAt(const TensorShape& shape, double bits_per_entry);
 
 // What one half (K or V) of a shard became.
 struct KindReport {
@@ -87,6 +100,7 @@ class Backend {
     uint32_t n = 0;
     uint32_t d = 0;
     uint32_t raw_rows = 0;
+    const BlockPlan* plan = nullptr;  // kvs: in place of the profile's own choice
   };
   struct BlockOutput {
     BlockCode code = BlockCode::kZero;
@@ -113,6 +127,19 @@ class Backend {
     bool rotated = false;
     std::vector<float> token_factors, channel_factors, residual;
   };
+
+  // What a plan is made from. `coded` is false for blocks that are zero or have to be kept exactly.
+  struct BlockSpectrum {
+    bool coded = false;
+    BlockCode code = BlockCode::kZero;  // where it isn't
+    double energy = 0;                  // of the coded rows
+    int count = 0;
+    std::array<double, 16> lambda{};  // largest squared singular values, descending
+  };
+
+  // The spectra of a batch (kvs profiles).
+  virtual void AnalyseBlocks(const BlockSettings& settings, std::span<const BlockInput> in,
+                             std::span<BlockSpectrum> out) const = 0;
 
   // Codes a batch. A block that has to be kept exactly comes back as kRaw with empty parts; the
   // caller copies its bytes.

@@ -47,6 +47,7 @@ struct ShardHeader {
   uint32_t first_token = 0;
   uint32_t layer = 0;
   uint32_t raw_rows = 0;
+  bool padded = false;  // zero bytes after the last block's codes
   ShardExtensions extensions;
 
   uint32_t blocks_per_head() const { return (shape.tokens + kBlockTokens - 1) / kBlockTokens; }
@@ -98,7 +99,7 @@ class Shard {
   const BlockView& block(Kind kind, uint32_t head, uint32_t index) const;
   size_t bytes() const { return bytes_; }                  // of the byte string given
   size_t preview_bytes() const { return preview_bytes_; }  // length of its preview
-  size_t shared_bytes() const { return shared_bytes_; }    // header, extensions and index
+  size_t shared_bytes() const { return shared_bytes_; }    // header, extensions, index, padding
 
  private:
   ShardHeader header_;

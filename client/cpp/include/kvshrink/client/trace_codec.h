@@ -24,6 +24,8 @@ struct CodingSettings {
   // Absent: what the trace says, else kDefaultRawTokens.
   std::optional<uint32_t> raw_tokens;
   double max_relative_error = 0;  // 0 = no bound
+  double bits_per_entry = 0;      // rate target of every shard; 0 = the profile's own rate
+  bool fixed_size = false;        // shards padded to the target's size
   // What K carries, by the trace's layer numbers. Absent: what the trace says.
   std::optional<LayerRopes> ropes;
 };

@@ -31,26 +31,6 @@ absl::Status CheckTensor(std::string_view name, const ConstTensor& tensor) {
   return absl::OkStatus();
 }
 
-absl::Status CheckRate(const EncodeOptions& options) {
-  if (!(options.bits_per_entry >= 0) || options.bits_per_entry > kMostBitsPerEntry) {
-    return BadArgument("bits_per_entry", options.bits_per_entry,
-                       StrCat("must be 0..", kMostBitsPerEntry));
-  }
-  if (options.bits_per_entry > 0 && GetProfileInfo(options.profile).family != Family::kKvs) {
-    return BadArgument(
-        "bits_per_entry", options.bits_per_entry,
-        StrCat("needs a kvs profile; this is ", GetProfileInfo(options.profile).name));
-  }
-  if (options.bits_per_entry > 0 && options.max_relative_error > 0) {
-    return BadArgument("max_relative_error", options.max_relative_error,
-                       "can't be kept together with bits_per_entry: give one of them");
-  }
-  if (options.fixed_size && !(options.bits_per_entry > 0)) {
-    return BadArgument("fixed_size", "true", "needs bits_per_entry");
-  }
-  return absl::OkStatus();
-}
-
 absl::Status CheckArguments(const ConstTensor& k, const ConstTensor& v,
                             const EncodeOptions& options) {
   KVSHRINK_RETURN_IF_ERROR(CheckTensor("k", k));
@@ -233,6 +213,26 @@ class ShardEncoder {
 };
 
 }  // namespace
+
+absl::Status CheckRate(const EncodeOptions& options) {
+  if (!(options.bits_per_entry >= 0) || options.bits_per_entry > kMostBitsPerEntry) {
+    return BadArgument("bits_per_entry", options.bits_per_entry,
+                       StrCat("must be 0..", kMostBitsPerEntry));
+  }
+  if (options.bits_per_entry > 0 && GetProfileInfo(options.profile).family != Family::kKvs) {
+    return BadArgument(
+        "bits_per_entry", options.bits_per_entry,
+        StrCat("needs a kvs profile; this is ", GetProfileInfo(options.profile).name));
+  }
+  if (options.bits_per_entry > 0 && options.max_relative_error > 0) {
+    return BadArgument("max_relative_error", options.max_relative_error,
+                       "can't be kept together with bits_per_entry: give one of them");
+  }
+  if (options.fixed_size && !(options.bits_per_entry > 0)) {
+    return BadArgument("fixed_size", "true", "needs bits_per_entry");
+  }
+  return absl::OkStatus();
+}
 
 absl::StatusOr<std::string> EncodeShard(const Backend& backend, const ConstTensor& k,
                                         const ConstTensor& v, const EncodeOptions& options,

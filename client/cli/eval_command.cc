@@ -73,6 +73,8 @@ absl::StatusOr<Outcome> RunEval(const EvalArguments& arguments) {
   const Json options = {{"chunk_tokens", settings.chunk_tokens},
                         {"raw_tokens", client::RawTokens(settings, trace)},
                         {"max_relative_error", settings.max_relative_error},
+                        {"bits_per_entry", settings.bits_per_entry},
+                        {"fixed_size", settings.fixed_size},
                         {"rope", client::RopesOf(settings, trace).Text()},
                         {"threads", arguments.backend.threads}};
   Table table({"profile", "bits", "K bits", "V bits", "K error", "V error", "logit rmse",

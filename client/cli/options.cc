@@ -103,6 +103,14 @@ void CodingArguments::Add(CLI::App* command) {
       ->capture_default_str()
       ->check(CLI::Range(0.0, std::numeric_limits<double>::max()));
   command
+      ->add_option("--bits", settings.bits_per_entry,
+                   "bits per entry that every shard keeps to, every byte counted: alphabets and "
+                   "ranks are chosen over its blocks (kvs profiles); 0 = the profile's own")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 64.0));
+  command->add_flag("--fixed-size", settings.fixed_size,
+                    "with --bits: all shards of a shape have the same size");
+  command
       ->add_option_function<std::string>(
           "--rope",
           [this](const std::string& text) {

@@ -137,6 +137,8 @@ class Putter {
     v1::EncodeSpec* encode = object.header.mutable_encode();
     encode->set_profile(client::ToProto(settings_.profile));
     encode->set_max_relative_error(settings_.max_relative_error);
+    encode->set_bits_per_entry(settings_.bits_per_entry);
+    encode->set_fixed_size(settings_.fixed_size);
     encode->set_raw_tokens(client::RawTokens(settings_, trace_));
     encode->set_first_token(span.first_token);
     if (const auto rope = client::RopesOf(settings_, trace_).Of(layer.layer)) {

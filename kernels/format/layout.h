@@ -15,6 +15,7 @@ inline constexpr std::string_view kMagic = "KVS1";
 inline constexpr uint16_t kVersion = 1;
 inline constexpr size_t kHeaderBytes = 96;
 inline constexpr uint16_t kFlagPadded = 2;
+inline constexpr uint64_t kMaxPaddedBytes = uint64_t{1} << 31;  // of CODES
 inline constexpr size_t kIndexEntryBytes = 6;
 inline constexpr size_t kExtensionAlignment = 8;
 inline constexpr uint32_t kMaxExtensionBytes = 4096;

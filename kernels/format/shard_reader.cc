@@ -228,7 +228,7 @@ absl::StatusOr<Shard> Shard::Parse(std::string_view bytes, Extent extent) {
   }
   KVSHRINK_RETURN_IF_ERROR(CheckSection("low", sections.low, low_sum));
   KVSHRINK_RETURN_IF_ERROR(CheckSection("scales", sections.scales, scales_sum));
-  if (!header.padded || sections.codes < codes_sum || sections.codes > kMaxEntries * 8) {
+  if (!header.padded || sections.codes < codes_sum || sections.codes > format::kMaxPaddedBytes) {
     KVSHRINK_RETURN_IF_ERROR(CheckSection("codes", sections.codes, codes_sum));
   }
   const uint64_t padding_bytes = sections.codes - codes_sum;

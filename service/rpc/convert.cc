@@ -73,6 +73,11 @@ absl::StatusOr<EncodeOptions> ToEncodeOptions(const v1::EncodeSpec& spec, uint32
     return BadArgument("encode.max_relative_error", options.max_relative_error,
                        "must be finite and not negative");
   }
+  options.bits_per_entry = spec.bits_per_entry();
+  options.fixed_size = spec.fixed_size();
+  if (const absl::Status rate = CheckRate(options); !rate.ok()) {
+    return rate;
+  }
   if (layer > kMaxLayer) {
     return BadArgument("layer", layer, StrCat("must be 0..", kMaxLayer));
   }

@@ -80,6 +80,28 @@ def test_eval_keeps_the_order_asked() -> None:
     assert (answer["tokens"], answer["head_dim"], answer["layers"], answer["backend"]) == (512, 64, 6, "cpu")
 
 
+def test_rate_target_is_kept_and_beats_the_fixed_rate() -> None:
+    """At the bits of kvs3, shared out over the blocks of a shard: no more of them, and less error."""
+    (fixed,) = run_json("eval", TRACES[1], "--profile", "kvs3")["profiles"]
+    bits = fixed["bits_per_entry"]
+    (target,) = run_json("eval", TRACES[1], "--profile", "kvs3", "--bits", f"{bits:.4f}")["profiles"]
+    assert bits - 0.05 < target["bits_per_entry"] <= round(bits, 4)
+    assert target["attention_rel_error"] < 0.95 * fixed["attention_rel_error"]
+    assert target["options"]["bits_per_entry"] == round(bits, 4)
+
+
+def test_slots_are_equal_here_and_over_the_daemon(daemon: Daemon, namespace: str, tmp_path: Path) -> None:
+    common = ("--bits", "2.6", "--fixed-size")
+    run_cli("encode", TRACES[0], tmp_path / "slots.kvs", *common)
+    shards = describe_bytes((tmp_path / "slots.kvs").read_bytes(), False)["shards"]
+    assert {shard["bytes"] for shard in shards} == {256 * 3 * 64 * 2 * 26 // 80 // 4 * 4}
+    put = run_json("put", TRACES[0], "--namespace", namespace, "--prefix", "p", "--server", daemon.target, *common)
+    assert put["encoded_bytes"] == sum(shard["bytes"] for shard in shards)
+    message = run_cli("encode", TRACES[0], tmp_path / "no.kvs", "--bits", "1.2", code=1).stderr
+    assert "'bits_per_entry' is 1.2" in message
+    assert "at least" in message
+
+
 def test_attend_over_the_daemon_is_what_eval_says(daemon: Daemon, namespace: str) -> None:
     common = ["--server", daemon.target, "--namespace", namespace, "--prefix", "p"]
     run_json("put", TRACES[0], *common, "--profile", "kvs3")

@@ -56,6 +56,8 @@ CASES: dict[str, Case] = {
     "rope_kvs2": Case("real", ("--profile", "kvs2", "--rope", "theta=1e5")),
     "rope_llama3": Case("layers", ("--profile", "kvs3", "--chunk-tokens", "100", "--rope", LLAMA3)),
     "rope_not_finite": Case("not_finite", ("--profile", "kvs2", "--rope", "theta=1e5")),
+    "rate_2.5": Case("layers", ("--profile", "kvs2", "--bits", "2.5")),
+    "slots": Case("layers", ("--profile", "kvs2", "--bits", "2.7", "--fixed-size")),
     "not_finite": Case("not_finite", ("--profile", "kvs2")),
 }
 

@@ -29,6 +29,7 @@ DTYPES = ("fp32", "fp16", "bf16", "fp8_e4m3")
 DTYPE_BYTES = (4, 2, 2, 1)
 
 ZERO, RAW, FP8 = 0, 1, 2
+FLAG_PADDED = 2
 LEVELS = {16: 3, 17: 4, 18: 5, 19: 6, 20: 8, 21: 12, 22: 16}  # code -> levels of its alphabet
 PLAIN_BITS = {17: 2, 20: 3, 22: 4}  # code -> bits of a digit
 GROUPS = {16: (5, 8), 18: (3, 7), 19: (5, 13), 21: (5, 18)}  # code -> digits of a group, bits of its field
@@ -61,6 +62,7 @@ class Header:
     low_bytes: int
     scales_bytes: int
     codes_bytes: int
+    padded: bool
 
     @property
     def blocks_per_head(self) -> int:
@@ -119,12 +121,12 @@ def read_header(data: bytes | memoryview) -> tuple[Header, dict[str, int]]:
     require(entries <= MAX_ENTRIES, "entries", entries, f"must be at most {MAX_ENTRIES}")
     require(first_token + tokens < 1 << 31, "first_token", first_token, "first_token + tokens must be below 2^31")
     require(layer <= 4095, "layer", layer, "must be 0..4095")
-    require(flags == 0, "flags", flags, "must be 0")
+    require(flags & ~FLAG_PADDED == 0, "flags", flags, "only bit 1 may be set")
     require(raw_rows <= tokens, "raw_rows", raw_rows, f"must be at most tokens ({tokens})")
     require(ext_bytes % 8 == 0 and ext_bytes <= 4096, "ext_bytes", ext_bytes, "must be a multiple of 8, at most 4096")
     header = Header(
         PROFILES[profile], FAMILIES[profile], DTYPES[dtype], head_dim, kv_heads, tokens, first_token, layer, raw_rows,
-        low_bytes, scales_bytes, codes_bytes,
+        low_bytes, scales_bytes, codes_bytes, bool(flags & FLAG_PADDED),
     )  # fmt: skip
     checks = dict(zip(("index", "low", "scales", "codes"), checksums[:4], strict=True))
     return header, {**checks, "ext_bytes": ext_bytes}
@@ -231,7 +233,8 @@ def check_layout(header: Header, index: npt.NDArray[Any], n: Ints, m: Ints) -> L
     )
     for name, sizes in (("low", layout.raw + layout.factors), ("scales", layout.scales), ("codes", layout.codes)):
         given, total = int(getattr(header, f"{name}_bytes")), int(padded(sizes).sum())
-        require(given == total, f"{name}_bytes", given, f"the index gives {total}")
+        longer = name == "codes" and header.padded and total <= given <= 1 << 31
+        require(given == total or longer, f"{name}_bytes", given, f"the index gives {total}")
     return layout
 
 

@@ -47,6 +47,9 @@ struct EncodeOptions {
   std::optional<Rope> rope = std::nullopt;
 };
 
+// Checks a rate target and what it can't go with. Errors: INVALID_ARGUMENT naming the field.
+absl::Status CheckRate(const EncodeOptions& options);
+
 // Size of a shard with `fixed_size`, and the most of any shard with this `bits_per_entry`: a whole
 // number of 32-bit words.
 uint64_t ShardBytesAt(const TensorShape& shape, double bits_per_entry);

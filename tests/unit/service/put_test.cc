@@ -163,6 +163,8 @@ const std::vector<BadHeader>& BadHeaders() {
        [](auto& h) { h.mutable_encode()->set_max_relative_error(-1); }},
       {"'encode.max_relative_error' is nan",
        [](auto& h) { h.mutable_encode()->set_max_relative_error(std::nan("")); }},
+      {"'bits_per_entry' is -2", [](auto& h) { h.mutable_encode()->set_bits_per_entry(-2); }},
+      {"'fixed_size' is true", [](auto& h) { h.mutable_encode()->set_fixed_size(true); }},
       {"'encode.first_token' is 4294967295",
        [](auto& h) { h.mutable_encode()->set_first_token(~uint32_t{0}); }},
       {"'encode' is set",

@@ -27,13 +27,20 @@ def count(items: Iterable[Any], given: int | None, argument: str) -> int:
 
 
 def encode_spec(
-    profile: str | None, first_token: int, raw_tokens: int | None, max_relative_error: float
+    profile: str | None,
+    first_token: int,
+    raw_tokens: int | None,
+    max_relative_error: float,
+    bits_per_entry: float,
+    fixed_size: bool,
 ) -> types.EncodeSpec:
     return types.EncodeSpec(
         profile=profile_number(profile),
         max_relative_error=max_relative_error,
         raw_tokens=raw_tokens,
         first_token=first_token,
+        bits_per_entry=bits_per_entry,
+        fixed_size=fixed_size,
     )
 
 

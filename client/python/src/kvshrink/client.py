@@ -100,13 +100,11 @@ class Client:
         """Compresses and stores a chunk: (K, V) of layer 0, 1, ... .
 
         `layers` may be a generator that yields while prefill goes on; then give `layer_count`. Arrays lie as `layout`
-        says; `tokens` is needed for paged layouts whose last page isn't full. `bits_per_entry` is a rate that every shard
-        keeps to, every byte counted; with `fixed_size` all shards of a shape have its size. `rope` is what K carries, for all
-        layers or one for each. With commit=False the chunk stays invisible until `commit`.
+        says; `tokens` is needed for paged layouts whose last page isn't full. `bits_per_entry` is a rate that every
+        shard keeps to, every byte counted; with `fixed_size` all shards of a shape have its size. `rope` is what K
+        carries, for all layers or one for each. With commit=False the chunk stays invisible until `commit`.
         """
-        encode = messages.encode_spec(
-            profile, first_token, raw_tokens, max_relative_error, bits_per_entry, fixed_size
-        )
+        encode = messages.encode_spec(profile, first_token, raw_tokens, max_relative_error, bits_per_entry, fixed_size)
 
         def jobs(count: int) -> Iterator[Job]:
             for i, (k, v) in enumerate(layers):
@@ -284,9 +282,7 @@ class Client:
         tokens: int | None = None,
     ) -> Sequence[Compressed]:
         """Shards of (K, V) of layer first_layer, first_layer + 1, ...; nothing is stored."""
-        encode = messages.encode_spec(
-            profile, first_token, raw_tokens, max_relative_error, bits_per_entry, fixed_size
-        )
+        encode = messages.encode_spec(profile, first_token, raw_tokens, max_relative_error, bits_per_entry, fixed_size)
 
         def jobs() -> Iterator[Job]:
             for i, (k, v) in enumerate(layers):

@@ -60,7 +60,7 @@ void Sign(std::string* bytes) {
   size_t begin = format::kHeaderBytes;
   const auto sign = [&](uint64_t length, size_t field) {
     if (length <= size - begin) {
-      format::StoreLittle(format::Checksum(data + begin, length), data + field);
+      format::StoreLittle(format::SectionChecksum(data + begin, length), data + field);
       begin += length;
     }
   };
@@ -69,7 +69,8 @@ void Sign(std::string* bytes) {
   sign(format::LoadLittle<uint64_t>(data + at::kLowBytes), at::kLowChecksum);
   sign(format::LoadLittle<uint64_t>(data + at::kScalesBytes), at::kScalesChecksum);
   sign(format::LoadLittle<uint64_t>(data + at::kCodesBytes), at::kCodesChecksum);
-  format::StoreLittle(format::Checksum(data, at::kHeaderChecksum), data + at::kHeaderChecksum);
+  format::StoreLittle(format::HeaderChecksum(data, at::kHeaderChecksum),
+                      data + at::kHeaderChecksum);
 }
 
 void Read(const std::string& bytes) {

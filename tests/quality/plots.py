@@ -54,15 +54,21 @@ class Series:
             )
 
 
-def _named(*codecs: str, rope: bool | None = None) -> Callable[[Row], bool]:
-    return lambda row: row.codec in codecs and (rope is None or rope == ("rope" in row.options))
+def _named(*codecs: str, rope: bool = False, rate: bool = False) -> Callable[[Row], bool]:
+    """rope: coded before the rotary embedding; rate: bits were asked for."""
+
+    def chosen(row: Row) -> bool:
+        return row.codec in codecs and rope == ("rope" in row.options) and rate == ("bits=" in row.options)
+
+    return chosen
 
 
+_BLUE, _RED = "#0072B2", "#D55E00"
 SERIES = (
-    Series("kvs2, kvs3, kvs4", _named("kvs2", "kvs3", "kvs4", rope=False), "#0072B2", "o", "-"),
-    Series("kvs*t, trellis", _named("kvs2t", "kvs3t", rope=False), "#D55E00", "s", "-"),
-    Series("kvs*t with rope", _named("kvs2t", "kvs3t", rope=True), "#D55E00", "D", "--"),
-    Series("kvs* with rope", _named("kvs2", "kvs3", "kvs4", rope=True), "#0072B2", "v", "--"),
+    Series("kvs2, kvs3, kvs4", _named("kvs2", "kvs3", "kvs4"), _BLUE, "o", "-"),
+    Series("kvs with rope", _named("kvs2", "kvs3", "kvs4", rope=True), _BLUE, "v", "--"),
+    Series("kvs at a rate", _named("kvs2", rate=True), _RED, "s", "-"),
+    Series("kvs at a rate, with rope", _named("kvs2", rope=True, rate=True), _RED, "D", "--"),
     Series("eoptshrinkq2 (paper, literal)", _named("eoptshrinkq2"), "#000000", "*"),
     Series("TurboQuant (tq2, tq3, tq4)", _named("tq2", "tq3", "tq4"), "#009E73", "^", ":"),
     Series("KVTC-like", _named("kvtc"), "#CC79A7", "P", ":"),

@@ -29,24 +29,35 @@ from traces import FOLDERS, ROOT, Trace, find_traces, load_trace
 KVTC_RATES = (2, 3, 4)
 
 
+RATES = (2.25, 2.75, 3.25, 4.25)
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A profile; rope: K is coded before the rotary embedding of the trace's model."""
+    """A profile; rope: K is coded before the model's rotary embedding; bits: the rate that shards keep to."""
 
     profile: str
     rope: bool = False
+    bits: float | None = None
+
+    @property
+    def text(self) -> str:
+        """For the column of options."""
+        words = [f"bits={self.bits}"] if self.bits else []
+        return ";".join(words + ["rope"] * self.rope)
 
 
 SETTINGS = (
     *(Setting(name) for name in ("raw", "fp8", "tq2", "tq3", "tq4", "eoptshrinkq2")),
     *(Setting(name, rope) for rope in (False, True) for name in ("kvs2", "kvs3", "kvs4")),
+    *(Setting("kvs2", rope, bits) for rope in (False, True) for bits in RATES),
 )
 
 
 def profile_row(trace: Trace, setting: Setting, binary: Path) -> Row:
     """By the program: its bits are the bytes of real shards."""
     rope = trace.rope if setting.rope else "none"
-    (found,) = evaluate_trace(trace.path, [setting.profile], binary=binary, rope=rope).profiles
+    (found,) = evaluate_trace(trace.path, [setting.profile], binary=binary, rope=rope, bits=setting.bits).profiles
     if found.logit_rmse is None or found.attention_rel_error is None or found.attention_kl is None:
         raise ValueError(f"trace '{trace.name}' has no queries: attention can't be measured")
     ranked = setting.profile.startswith(("kvs", "eoptshrink"))
@@ -55,7 +66,7 @@ def profile_row(trace: Trace, setting: Setting, binary: Path) -> Row:
         model=trace.model,
         head_dim=trace.head_dim,
         codec=setting.profile,
-        options="rope" if setting.rope else "",
+        options=setting.text,
         bits_per_entry=found.bits_per_entry,
         bits_k=found.bits_per_entry_k,
         bits_v=found.bits_per_entry_v,

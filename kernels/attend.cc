@@ -246,6 +246,10 @@ absl::Status AttentionAccumulator::Add(const Backend& backend, const Shard& shar
   if (header.shape.head_dim != head_dim_) {
     return BadArgument("head_dim", head_dim_, StrCat("the shard's is ", header.shape.head_dim));
   }
+  if (header.keys_only) {
+    return absl::FailedPreconditionError(
+        "the shard has keys only: it gives attention scores, no output");
+  }
   if (shard.preview()) {
     return BadArgument("shard", "preview", "attention needs the whole shard");
   }

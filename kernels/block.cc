@@ -36,9 +36,9 @@ absl::Status ValidateShape(const TensorShape& shape) {
   KVSHRINK_RETURN_IF_ERROR(CheckRange("tokens", shape.tokens, kMaxTokens));
   KVSHRINK_RETURN_IF_ERROR(CheckRange("kv_heads", shape.kv_heads, kMaxKvHeads));
   KVSHRINK_RETURN_IF_ERROR(CheckRange("head_dim", shape.head_dim, kMaxHeadDim));
-  if (2 * uint64_t{shape.entries()} > kMaxEntries) {
+  if (shape.entries() > kMaxEntries) {
     return BadArgument("tokens * kv_heads * head_dim", shape.entries(),
-                       StrCat("must be at most ", kMaxEntries / 2));
+                       StrCat("must be at most ", kMaxEntries));
   }
   return absl::OkStatus();
 }

@@ -73,9 +73,15 @@ absl::Status DecodeInto(const Backend& backend, const Shard& shard, const RopeRo
 }  // namespace
 
 absl::Status DecodeShard(const Backend& backend, const Shard& shard, DecodeForm form,
-                         const MutableTensor& k, const MutableTensor& v) {
+                         const MutableTensor& k, const std::optional<MutableTensor>& v) {
   KVSHRINK_RETURN_IF_ERROR(CheckOutput("k", k, shard.header().shape));
-  KVSHRINK_RETURN_IF_ERROR(CheckOutput("v", v, shard.header().shape));
+  if (v.has_value() == shard.header().keys_only) {
+    return BadArgument("v", v.has_value() ? "given" : "absent",
+                       v.has_value() ? "the shard has keys only" : "the shard has values");
+  }
+  if (v.has_value()) {
+    KVSHRINK_RETURN_IF_ERROR(CheckOutput("v", *v, shard.header().shape));
+  }
   if (form == DecodeForm::kFull && shard.preview()) {
     return BadArgument("form", "full", "the shard is a preview: only its low-rank part is there");
   }
@@ -83,7 +89,7 @@ absl::Status DecodeShard(const Backend& backend, const Shard& shard, DecodeForm 
   return ForEachBlock(backend, shard, [&](const BlockView& block) {
     const bool key = block.kind == Kind::kKey;
     return DecodeInto(backend, shard, key && rope.has_value() ? &*rope : nullptr, form, block,
-                      key ? k : v);
+                      key ? k : *v);
   });
 }
 

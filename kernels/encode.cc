@@ -31,9 +31,7 @@ absl::Status CheckTensor(std::string_view name, const ConstTensor& tensor) {
   return absl::OkStatus();
 }
 
-absl::Status CheckArguments(const ConstTensor& k, const ConstTensor& v,
-                            const EncodeOptions& options) {
-  KVSHRINK_RETURN_IF_ERROR(CheckTensor("k", k));
+absl::Status CheckValues(const ConstTensor& k, const ConstTensor& v) {
   KVSHRINK_RETURN_IF_ERROR(CheckTensor("v", v));
   if (k.shape != v.shape) {
     return BadArgument(
@@ -42,6 +40,15 @@ absl::Status CheckArguments(const ConstTensor& k, const ConstTensor& v,
   }
   if (k.dtype != v.dtype) {
     return BadArgument("v.dtype", DTypeName(v.dtype), "must be the dtype of k");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckArguments(const ConstTensor& k, const std::optional<ConstTensor>& v,
+                            const EncodeOptions& options) {
+  KVSHRINK_RETURN_IF_ERROR(CheckTensor("k", k));
+  if (v.has_value()) {
+    KVSHRINK_RETURN_IF_ERROR(CheckValues(k, *v));
   }
   if (options.layer > kMaxLayer) {
     return BadArgument("layer", options.layer, StrCat("must be at most ", kMaxLayer));
@@ -63,7 +70,7 @@ absl::Status CheckArguments(const ConstTensor& k, const ConstTensor& v,
 // Encodes the blocks of a shard batch by batch.
 class ShardEncoder {
  public:
-  ShardEncoder(const Backend& backend, const ConstTensor& k, const ConstTensor& v,
+  ShardEncoder(const Backend& backend, const ConstTensor& k, const std::optional<ConstTensor>& v,
                const EncodeOptions& options)
       : backend_(backend), k_(k), v_(v), options_(options) {
     header_.profile = options.profile;
@@ -72,6 +79,7 @@ class ShardEncoder {
     header_.first_token = options.first_token;
     header_.layer = options.layer;
     header_.padded = options.fixed_size;
+    header_.keys_only = !v.has_value();
     header_.raw_rows = std::min(
         k.shape.tokens, options.raw_tokens - std::min(options.raw_tokens, options.first_token));
     if (options.rope.has_value() && options.profile != Profile::kRaw) {
@@ -103,12 +111,14 @@ class ShardEncoder {
 
  private:
   const ConstTensor& TensorOf(const BlockView& place) const {
-    return place.kind == Kind::kKey ? k_ : v_;
+    return place.kind == Kind::kKey ? k_ : *v_;
   }
 
   // Of a shard with a fixed size; else 0.
   uint64_t slot_bytes() const {
-    return header_.padded ? ShardBytesAt(header_.shape, options_.bits_per_entry) : 0;
+    return header_.padded
+               ? ShardBytesAt(header_.shape, options_.bits_per_entry, header_.keys_only)
+               : 0;
   }
 
   void ForEachBatch(absl::FunctionRef<void(size_t)> body) {
@@ -170,7 +180,8 @@ class ShardEncoder {
     ShardReport report;
     report.raw_bytes = header_.raw_bytes();
     report.encoded_bytes = encoded_bytes;
-    report.entries = 2 * header_.shape.entries();
+    report.k.entries = header_.shape.entries();
+    report.v.entries = header_.keys_only ? 0 : header_.shape.entries();
     for (size_t i = 0; i < coded_.size(); ++i) {
       const Backend::BlockOutput& block = coded_[i].output;
       KindReport& kind = places_[i].kind == Kind::kKey ? report.k : report.v;
@@ -189,16 +200,13 @@ class ShardEncoder {
         kind.max_block_relative_error = std::max(kind.max_block_relative_error, relative);
       }
     }
-    // What both share is split evenly.
-    const uint64_t shared = encoded_bytes - report.k.bytes - report.v.bytes;
-    report.k.bytes += shared - shared / 2;
-    report.v.bytes += shared / 2;
+    report.AddShared(encoded_bytes - report.k.bytes - report.v.bytes);
     return report;
   }
 
   const Backend& backend_;
   const ConstTensor& k_;
-  const ConstTensor& v_;
+  const std::optional<ConstTensor>& v_;
   const EncodeOptions& options_;
   ShardHeader header_;
   std::optional<RopeRows> rope_rows_;
@@ -235,8 +243,8 @@ absl::Status CheckRate(const EncodeOptions& options) {
 }
 
 absl::StatusOr<std::string> EncodeShard(const Backend& backend, const ConstTensor& k,
-                                        const ConstTensor& v, const EncodeOptions& options,
-                                        ShardReport* report) {
+                                        const std::optional<ConstTensor>& v,
+                                        const EncodeOptions& options, ShardReport* report) {
   KVSHRINK_RETURN_IF_ERROR(CheckArguments(k, v, options));
   return ShardEncoder(backend, k, v, options).Run(report);
 }

@@ -51,34 +51,42 @@ void AddBlock(const BlockView& block, const BlockError& error, KindReport* kind)
 }  // namespace
 
 absl::StatusOr<ShardReport> MeasureShard(const Backend& backend, const Shard& shard,
-                                         const ConstTensor& k, const ConstTensor& v) {
-  const TensorShape& shape = shard.header().shape;
-  for (const ConstTensor* tensor : {&k, &v}) {
+                                         const ConstTensor& k,
+                                         const std::optional<ConstTensor>& v) {
+  const ShardHeader& header = shard.header();
+  const TensorShape& shape = header.shape;
+  if (v.has_value() == header.keys_only) {
+    return BadArgument("v", v.has_value() ? "given" : "absent",
+                       v.has_value() ? "the shard has keys only" : "the shard has values");
+  }
+  for (const ConstTensor* tensor : {&k, v.has_value() ? &*v : &k}) {
     if (tensor->shape != shape) {
       return BadArgument("tokens * kv_heads * head_dim", tensor->shape.entries(),
                          "the source must have the shard's shape");
     }
   }
-  std::vector<float> decoded(2 * shape.entries());
-  const TensorLayout layout = LayoutThd(shape);
-  auto* bytes = reinterpret_cast<std::byte*>(decoded.data());
-  const size_t half = shape.entries() * sizeof(float);
-  KVSHRINK_RETURN_IF_ERROR(DecodeShard(backend, shard, DecodeForm::kFull,
-                                       {bytes, DType::kFp32, shape, layout},
-                                       {bytes + half, DType::kFp32, shape, layout}));
+  std::vector<float> decoded(header.entries());
+  const auto half_of = [&](Kind kind) {
+    float* first = decoded.data() + (kind == Kind::kKey ? 0 : shape.entries());
+    return MutableTensor{reinterpret_cast<std::byte*>(first), DType::kFp32, shape,
+                         LayoutThd(shape)};
+  };
+  KVSHRINK_RETURN_IF_ERROR(
+      DecodeShard(backend, shard, DecodeForm::kFull, half_of(Kind::kKey),
+                  v.has_value() ? std::optional(half_of(Kind::kValue)) : std::nullopt));
   std::vector<BlockError> errors(shard.blocks().size());
   backend.ForEach(errors.size(), [&](size_t i) {
     const BlockView& block = shard.blocks()[i];
-    const bool key = block.kind == Kind::kKey;
-    errors[i] =
-        Compare(key ? k : v, {key ? bytes : bytes + half, DType::kFp32, shape, layout}, block);
+    const MutableTensor half = half_of(block.kind);
+    errors[i] = Compare(block.kind == Kind::kKey ? k : *v,
+                        {half.data, half.dtype, half.shape, half.layout}, block);
   });
   ShardReport report;
   report.raw_bytes = shard.header().raw_bytes();
   report.encoded_bytes = shard.bytes();
-  report.entries = 2 * shape.entries();
-  report.k.bytes = shard.shared_bytes() - shard.shared_bytes() / 2;
-  report.v.bytes = shard.shared_bytes() / 2;
+  report.k.entries = shape.entries();
+  report.v.entries = header.entries() - shape.entries();
+  report.AddShared(shard.shared_bytes());
   for (size_t i = 0; i < errors.size(); ++i) {
     const BlockView& block = shard.blocks()[i];
     AddBlock(block, errors[i], block.kind == Kind::kKey ? &report.k : &report.v);

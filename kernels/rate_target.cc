@@ -162,8 +162,9 @@ std::vector<uint32_t> Spend(const std::vector<std::vector<Option>>& hulls, uint6
 
 }  // namespace
 
-uint64_t ShardBytesAt(const TensorShape& shape, double bits_per_entry) {
-  const double bytes = bits_per_entry * 2 * static_cast<double>(shape.entries()) / 8;
+uint64_t ShardBytesAt(const TensorShape& shape, double bits_per_entry, bool keys_only) {
+  const double entries = (keys_only ? 1 : 2) * static_cast<double>(shape.entries());
+  const double bytes = bits_per_entry * entries / 8;
   return static_cast<uint64_t>(bytes / 4) * 4;
 }
 
@@ -179,10 +180,10 @@ absl::StatusOr<std::vector<BlockPlan>> PlanForRate(const ShardHeader& header,
     hulls.push_back(OptionsOf(header, places[i], spectra[i], weights.Of(places[i])));
     least += hulls.back().front().bytes;
   }
-  const uint64_t budget = ShardBytesAt(header.shape, bits_per_entry);
+  const uint64_t budget = ShardBytesAt(header.shape, bits_per_entry, header.keys_only);
   if (least > budget) {
     const double needed =
-        8 * static_cast<double>(least) / (2 * static_cast<double>(header.shape.entries()));
+        8 * static_cast<double>(least) / static_cast<double>(header.entries());
     return BadArgument("bits_per_entry", bits_per_entry,
                        StrCat("layer ", header.layer, " needs at least ", needed));
   }

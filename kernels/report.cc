@@ -16,6 +16,7 @@ double KindReport::mean_rank() const {
 
 void KindReport::Add(const KindReport& other) {
   bytes += other.bytes;
+  entries += other.entries;
   error_energy += other.error_energy;
   energy += other.energy;
   blocks += other.blocks;
@@ -27,8 +28,19 @@ void KindReport::Add(const KindReport& other) {
   max_block_relative_error = std::max(max_block_relative_error, other.max_block_relative_error);
 }
 
+double KindReport::bits_per_entry() const {
+  return entries == 0 ? 0 : 8 * static_cast<double>(bytes) / static_cast<double>(entries);
+}
+
 double ShardReport::bits_per_entry() const {
-  return entries == 0 ? 0 : 8 * static_cast<double>(encoded_bytes) / static_cast<double>(entries);
+  return entries() == 0 ? 0
+                        : 8 * static_cast<double>(encoded_bytes) / static_cast<double>(entries());
+}
+
+void ShardReport::AddShared(uint64_t bytes) {
+  const uint64_t of_values = v.entries > 0 ? bytes / 2 : 0;
+  k.bytes += bytes - of_values;
+  v.bytes += of_values;
 }
 
 }  // namespace kvshrink

@@ -14,6 +14,7 @@ namespace kvshrink::format {
 inline constexpr std::string_view kMagic = "KVS1";
 inline constexpr uint16_t kVersion = 1;
 inline constexpr size_t kHeaderBytes = 96;
+inline constexpr uint16_t kFlagKeysOnly = 1;
 inline constexpr uint16_t kFlagPadded = 2;
 inline constexpr uint64_t kMaxPaddedBytes = uint64_t{1} << 31;  // of CODES
 inline constexpr size_t kIndexEntryBytes = 6;

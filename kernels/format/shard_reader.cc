@@ -67,16 +67,17 @@ absl::Status ReadHeader(const uint8_t* data, ShardHeader* header, Sections* sect
   KVSHRINK_RETURN_IF_ERROR(CheckLimit("head_dim", shape.head_dim, 1, kMaxHeadDim));
   KVSHRINK_RETURN_IF_ERROR(CheckLimit("kv_heads", shape.kv_heads, 1, kMaxKvHeads));
   KVSHRINK_RETURN_IF_ERROR(CheckLimit("tokens", shape.tokens, 1, kMaxTokens));
-  KVSHRINK_RETURN_IF_ERROR(CheckLimit("entries", 2 * uint64_t{shape.entries()}, 1, kMaxEntries));
+  KVSHRINK_RETURN_IF_ERROR(CheckLimit("entries", shape.entries(), 1, kMaxEntries));
   header->first_token = LoadLittle<uint32_t>(data + at::kFirstToken);
   KVSHRINK_RETURN_IF_ERROR(
       CheckLimit("first_token", header->first_token, 0, (uint64_t{1} << 31) - 1 - shape.tokens));
   header->layer = LoadLittle<uint16_t>(data + at::kLayer);
   KVSHRINK_RETURN_IF_ERROR(CheckLimit("layer", header->layer, 0, kMaxLayer));
   const auto flags = LoadLittle<uint16_t>(data + at::kFlags);
-  if ((flags & ~format::kFlagPadded) != 0) {
+  if ((flags & ~(format::kFlagKeysOnly | format::kFlagPadded)) != 0) {
     return BadShard("flags", flags, "unknown to this build");
   }
+  header->keys_only = (flags & format::kFlagKeysOnly) != 0;
   header->padded = (flags & format::kFlagPadded) != 0;
   header->raw_rows = LoadLittle<uint32_t>(data + at::kRawRows);
   KVSHRINK_RETURN_IF_ERROR(CheckLimit("raw_rows", header->raw_rows, 0, shape.tokens));

@@ -19,7 +19,9 @@ void WriteHeader(const ShardHeader& header, uint32_t ext_bytes, uint8_t* data) {
   StoreLittle<uint32_t>(header.shape.tokens, data + offset::kTokens);
   StoreLittle<uint32_t>(header.first_token, data + offset::kFirstToken);
   StoreLittle(static_cast<uint16_t>(header.layer), data + offset::kLayer);
-  StoreLittle(static_cast<uint16_t>(header.padded ? kFlagPadded : 0), data + offset::kFlags);
+  StoreLittle(static_cast<uint16_t>((header.keys_only ? kFlagKeysOnly : 0) |
+                                    (header.padded ? kFlagPadded : 0)),
+              data + offset::kFlags);
   StoreLittle<uint32_t>(header.raw_rows, data + offset::kRawRows);
   StoreLittle(ext_bytes, data + offset::kExtBytes);
 }

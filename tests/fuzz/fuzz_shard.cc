@@ -28,20 +28,27 @@ void DecodeAndAttend(const Backend& backend, const Shard& shard) {
   if (shape.entries() > kMostEntries) {
     return;
   }
+  const bool keys_only = shard.header().keys_only;
   std::vector<float> k(shape.entries());
-  std::vector<float> v(shape.entries());
+  std::vector<float> v(keys_only ? 0 : shape.entries());
   const MutableTensor k_out{reinterpret_cast<std::byte*>(k.data()), DType::kFp32, shape,
                             LayoutThd(shape)};
   const MutableTensor v_out{reinterpret_cast<std::byte*>(v.data()), DType::kFp32, shape,
                             LayoutThd(shape)};
   const DecodeForm form = shard.preview() ? DecodeForm::kLowRank : DecodeForm::kFull;
-  const absl::Status status = DecodeShard(backend, shard, form, k_out, v_out);
+  const absl::Status status = 
+      DecodeShard(backend, shard, form, k_out, keys_only ? std::nullopt : std::optional(v_out));
   Require(status.ok() || status.code() == absl::StatusCode::kDataLoss);
   if (!status.ok() || shard.preview()) {
     return;
   }
   const AttentionParams params{1, shape.kv_heads, 0, 0, -1, 0};
   const std::vector<float> q(size_t{shape.kv_heads} * shape.head_dim, 0.5F);
+  if (keys_only) {
+    std::vector<float> logits(size_t{shape.kv_heads} * shape.tokens);
+    Require(AttentionScores(backend, shard, params, q.data(), logits.data()).ok());
+    return;
+  }
   AttentionAccumulator accumulator(params, shape.head_dim);
   Require(accumulator.Add(backend, shard, q.data()).ok());
 }
@@ -55,8 +62,10 @@ void Sign(std::string* bytes) {
     return;
   }
   const uint64_t heads = format::LoadLittle<uint16_t>(data + at::kKvHeads);
+  const uint64_t kinds =
+      format::LoadLittle<uint16_t>(data + at::kFlags) == format::kFlagKeysOnly ? 1 : 2;
   const uint64_t blocks =
-      2 * heads * ((uint64_t{format::LoadLittle<uint32_t>(data + at::kTokens)} + 127) / 128);
+      kinds * heads * ((uint64_t{format::LoadLittle<uint32_t>(data + at::kTokens)} + 127) / 128);
   size_t begin = format::kHeaderBytes;
   const auto sign = [&](uint64_t length, size_t field) {
     if (length <= size - begin) {

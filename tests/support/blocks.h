@@ -97,7 +97,7 @@ inline Tensor QwenLayer(const char* kind, int layer) {
 }
 
 struct Decoded {
-  Tensor k, v;
+  Tensor k, v;  // v is empty where the shard has keys only
 };
 
 inline absl::StatusOr<Decoded> DecodeAll(const Backend& backend, std::string_view bytes,
@@ -107,9 +107,11 @@ inline absl::StatusOr<Decoded> DecodeAll(const Backend& backend, std::string_vie
   if (!shard.ok()) {
     return shard.status();
   }
-  Decoded decoded{Zeros(shard->header().shape), Zeros(shard->header().shape)};
+  const bool keys_only = shard->header().keys_only;
+  Decoded decoded{Zeros(shard->header().shape), keys_only ? Tensor() : Zeros(shard->header().shape)};
   const absl::Status status =
-      DecodeShard(backend, *shard, form, decoded.k.MutableView(), decoded.v.MutableView());
+      DecodeShard(backend, *shard, form, decoded.k.MutableView(),
+                  keys_only ? std::nullopt : std::optional(decoded.v.MutableView()));
   if (!status.ok()) {
     return status;
   }

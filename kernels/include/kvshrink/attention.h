@@ -45,7 +45,7 @@ class AttentionAccumulator {
   // Shape of the outputs; params and head_dim as validated.
   AttentionAccumulator(const AttentionParams& params, uint32_t head_dim);
 
-  // Adds the tokens of a shard. `q` as above.
+  // Adds the tokens of a shard. `q` as above. FAILED_PRECONDITION when the shard has keys only.
   absl::Status Add(const Backend& backend, const Shard& shard, const float* q);
 
   // output [Q, q_heads, d] = softmax-weighted values over what was added; 0 where no key was seen.

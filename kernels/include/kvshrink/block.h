@@ -23,7 +23,7 @@ inline constexpr uint32_t kBlockTokens = 128;
 inline constexpr uint32_t kMaxHeadDim = 512;
 inline constexpr uint32_t kMaxKvHeads = 256;
 inline constexpr uint32_t kMaxTokens = 65536;
-inline constexpr uint64_t kMaxEntries = uint64_t{1} << 28;  // of K and V of one shard together
+inline constexpr uint64_t kMaxEntries = uint64_t{1} << 27;  // of K of one shard, and of its V
 inline constexpr uint32_t kMaxLayer = 4095;
 inline constexpr uint32_t kMaxPosition =
     (uint32_t{1} << 31) - 1;  // of a token in its sequence, plus one

@@ -52,11 +52,12 @@ absl::Status CheckRate(const EncodeOptions& options);
 
 // Size of a shard with `fixed_size`, and the most of any shard with this `bits_per_entry`: a whole
 // number of 32-bit words.
-uint64_t ShardBytesAt(const TensorShape& shape, double bits_per_entry);
+uint64_t ShardBytesAt(const TensorShape& shape, double bits_per_entry, bool keys_only = false);
 
-// What one half (K or V) of a shard became.
+// What one half (K or V) of a shard became. All zero for the V of a shard of keys only.
 struct KindReport {
   uint64_t bytes = 0;       // its sections, and half of what both share
+  uint64_t entries = 0;     // values
   double error_energy = 0;  // sum of squared error of what a decoder sees (fp32 output)
   double energy = 0;        // sum of squares (finite blocks)
   uint32_t blocks = 0;
@@ -65,6 +66,7 @@ struct KindReport {
   std::array<uint32_t, 128> rank_histogram{};
   double max_block_relative_error = 0;
 
+  double bits_per_entry() const;
   double relative_error() const { return energy > 0 ? error_energy / energy : 0; }
   double mean_rank() const;  // over blocks that are not raw
   void Add(const KindReport& other);
@@ -73,10 +75,12 @@ struct KindReport {
 struct ShardReport {
   uint64_t raw_bytes = 0;
   uint64_t encoded_bytes = 0;
-  uint64_t entries = 0;
   KindReport k, v;
 
+  uint64_t entries() const { return k.entries + v.entries; }
   double bits_per_entry() const;
+  // Adds bytes that K and V share: half to each, all to K where there is no V.
+  void AddShared(uint64_t bytes);
 };
 
 // What is reconstructed from a shard.
@@ -168,22 +172,23 @@ std::unique_ptr<Backend> MakeReferenceBackend(bool exact = false);
 // What runs on CPUs. threads = 0: one per core. The result doesn't depend on it.
 std::unique_ptr<Backend> MakeCpuBackend(int threads = 0);
 
-// K and V must have equal shape and dtype. Thread-safe; allocates the result. Errors:
-// INVALID_ARGUMENT naming the field. `report` may be null.
+// K and V must have equal shape and dtype; without V the shard holds keys only. Thread-safe;
+// allocates the result. Errors: INVALID_ARGUMENT naming the field. `report` may be null.
 absl::StatusOr<std::string> EncodeShard(const Backend& backend, const ConstTensor& k,
-                                        const ConstTensor& v, const EncodeOptions& options,
+                                        const std::optional<ConstTensor>& v,
+                                        const EncodeOptions& options,
                                         ShardReport* report = nullptr);
 
-// Decodes into k and v, whose shape must be the shard's; dtype and layout are free (round to
-// nearest even; finite values that are too large become the largest finite one). Raw rows and
-// blocks are bit-exact when the dtype is the shard's. On an error the outputs hold unspecified
-// values. Errors: INVALID_ARGUMENT (outputs), DATA_LOSS (shard).
+// Decodes into k and v, whose shape must be the shard's; v is given when the shard has V. dtype and
+// layout are free (round to nearest even; finite values that are too large become the largest
+// finite one). Raw rows and blocks are bit-exact when the dtype is the shard's. On an error the
+// outputs hold unspecified values. Errors: INVALID_ARGUMENT (outputs), DATA_LOSS (shard).
 absl::Status DecodeShard(const Backend& backend, const Shard& shard, DecodeForm form,
-                         const MutableTensor& k, const MutableTensor& v);
+                         const MutableTensor& k, const std::optional<MutableTensor>& v);
 
-// Measures a shard against its source tensors: the decoder's own view of the report (tests,
-// `kvshrink eval`).
+// Measures a shard against its source tensors (v when the shard has V): the decoder's own view of
+// the report (tests, `kvshrink eval`).
 absl::StatusOr<ShardReport> MeasureShard(const Backend& backend, const Shard& shard,
-                                         const ConstTensor& k, const ConstTensor& v);
+                                         const ConstTensor& k, const std::optional<ConstTensor>& v);
 
 }  // namespace kvshrink

@@ -48,12 +48,16 @@ struct ShardHeader {
   uint32_t layer = 0;
   uint32_t raw_rows = 0;
   bool padded = false;  // zero bytes after the last block's codes
+  bool keys_only = false;  // there is no V: latents and shared rotary parts of MLA
   ShardExtensions extensions;
 
+  uint32_t kinds() const { return keys_only ? 1 : 2; }
   uint32_t blocks_per_head() const { return (shape.tokens + kBlockTokens - 1) / kBlockTokens; }
-  uint32_t blocks() const { return 2 * shape.kv_heads * blocks_per_head(); }
+  uint32_t blocks() const { return kinds() * shape.kv_heads * blocks_per_head(); }
+  // Values of K and V.
+  uint64_t entries() const { return kinds() * uint64_t{shape.entries()}; }
   // Bytes of K and V in the header's dtype.
-  uint64_t raw_bytes() const { return 2 * uint64_t{shape.entries()} * DTypeBytes(dtype); }
+  uint64_t raw_bytes() const { return entries() * DTypeBytes(dtype); }
 };
 
 // One block's place in its tensor and its parts in the shard. Spans point into the shard's bytes.
@@ -96,6 +100,7 @@ class Shard {
   const ShardHeader& header() const { return header_; }
   bool preview() const { return preview_; }  // SCALES and CODES are not there
   std::span<const BlockView> blocks() const { return blocks_; }
+  // `kind` must be there: no kValue where the header says keys only.
   const BlockView& block(Kind kind, uint32_t head, uint32_t index) const;
   size_t bytes() const { return bytes_; }                  // of the byte string given
   size_t preview_bytes() const { return preview_bytes_; }  // length of its preview

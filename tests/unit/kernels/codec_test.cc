@@ -39,7 +39,8 @@ TEST(Quality, RateAndErrorOnRealKeysAndValues) {
       total.k.Add(report.k);
       total.v.Add(report.v);
       total.encoded_bytes += report.encoded_bytes;
-      total.entries += report.entries;
+      total.k.entries += report.k.entries;
+      total.v.entries += report.v.entries;
     }
     const std::string name(GetProfileInfo(bound.profile).name);
     EXPECT_LE(total.bits_per_entry(), bound.bits + 0.03)

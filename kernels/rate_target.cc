@@ -57,13 +57,13 @@ class Weights {
   }
 
   double Of(const BlockView& place) const {
+    const double variation = keys_[place.head];
     if (!(all_values_ > 0)) {
-      return 1;
+      return variation > 0 ? 1 / variation : 1;  // keys only: the heads' logits count alike
     }
     if (place.kind == Kind::kValue) {
       return 1 / all_values_;
     }
-    const double variation = keys_[place.head];
     return variation > 0 ? kKeyWeight * values_[place.head] / all_values_ / variation : 0;
   }
 

@@ -178,7 +178,7 @@ absl::StatusOr<Answered> AttendLayer(const AttendArguments& arguments, client::R
         StrCat("answer field 'tokens' is ", answer.answer.tokens(), ": must be ", trace.tokens()));
   }
   const std::vector<float> k = client::ToFloats(layer.k);
-  const std::vector<float> v = client::ToFloats(layer.v);
+  const std::vector<float> v = layer.v ? client::ToFloats(*layer.v) : std::vector<float>();
   std::vector<float> floats;
   const client::Queries queries = client::QueriesOf(layer, &floats);
   KVSHRINK_ASSIGN_OR_RETURN(

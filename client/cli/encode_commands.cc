@@ -30,7 +30,7 @@ absl::StatusOr<Outcome> RunEncode(const EncodeArguments& arguments) {
       client::EncodeFile(*backend, trace, settings, arguments.out,
                          [&](uint64_t raw_bytes) { progress.Update(raw_bytes); }));
   const ShardReport& report = file.report;
-  const double mb_per_s = MbPerSecond(2 * report.entries, file.seconds);
+  const double mb_per_s = MbPerSecond(2 * report.entries(), file.seconds);
   Outcome outcome;
   outcome.object = {{"trace", arguments.trace},
                     {"out", arguments.out},
@@ -40,12 +40,13 @@ absl::StatusOr<Outcome> RunEncode(const EncodeArguments& arguments) {
                     {"shards", file.shards},
                     {"raw_tokens", client::RawTokens(settings, trace)},
                     {"rope", client::RopesOf(settings, trace).Text()},
+                    {"raw_layers", settings.raw_layers},
                     {"raw_bytes", report.raw_bytes},
                     {"shard_bytes", report.encoded_bytes},
                     {"file_bytes", file.file_bytes},
                     {"bits_per_entry", report.bits_per_entry()},
                     {"rel_mse_k", report.k.relative_error()},
-                    {"rel_mse_v", report.v.relative_error()},
+                    {"rel_mse_v", OrNull(report.v.entries > 0, report.v.relative_error())},
                     {"raw_blocks", report.k.raw_blocks + report.v.raw_blocks},
                     {"escalated_blocks", report.k.escalated_blocks + report.v.escalated_blocks},
                     {"encode_mb_per_s", mb_per_s}};
@@ -56,7 +57,7 @@ absl::StatusOr<Outcome> RunEncode(const EncodeArguments& arguments) {
                         {"file", StrCat(arguments.out, ", ", Bytes(file.file_bytes))},
                         {"bits per entry", Fixed(report.bits_per_entry(), 3)},
                         {"K error", Short(report.k.relative_error())},
-                        {"V error", Short(report.v.relative_error())},
+                        {"V error", OrDash(report.v.entries > 0, report.v.relative_error())},
                         {"blocks kept raw", StrCat(report.k.raw_blocks + report.v.raw_blocks)},
                         {"speed", StrCat(Fixed(mb_per_s, 1), " MB/s")}});
   return outcome;

@@ -20,45 +20,49 @@ struct EvalArguments {
   BackendArguments backend;
 };
 
+// Fields of values are null for a trace of keys only, those of attention also without queries.
 Json ToJson(const std::string& profile, const Json& options, const client::Evaluation& found) {
+  const bool values = found.v.entries > 0;
   Json object = {
       {"profile", profile},
       {"options", options},
       {"bits_per_entry", found.bits_per_entry()},
       {"bits_per_entry_k", found.k.bits_per_entry()},
-      {"bits_per_entry_v", found.v.bits_per_entry()},
+      {"bits_per_entry_v", OrNull(values, found.v.bits_per_entry())},
       {"rel_mse_k", found.k.rel_mse()},
-      {"rel_mse_v", found.v.rel_mse()},
+      {"rel_mse_v", OrNull(values, found.v.rel_mse())},
       {"logit_rmse", nullptr},
       {"attention_rel_error", nullptr},
       {"attention_kl", nullptr},
       {"max_block_rel_error", std::max(found.k.max_block_rel_error, found.v.max_block_rel_error)},
       {"raw_blocks", found.k.raw_blocks + found.v.raw_blocks},
       {"mean_rank_k", found.k.mean_rank},
-      {"mean_rank_v", found.v.mean_rank},
+      {"mean_rank_v", OrNull(values, found.v.mean_rank)},
       {"encode_mb_per_s", found.encode_mb_per_s()},
       {"decode_mb_per_s", found.decode_mb_per_s()}};
   if (found.attention) {
     object["logit_rmse"] = found.attention->logit_rmse();
-    object["attention_rel_error"] = found.attention->attention_rel_error();
+    object["attention_rel_error"] =
+        OrNull(found.attention->outputs > 0, found.attention->attention_rel_error());
     object["attention_kl"] = found.attention->attention_kl();
   }
   return object;
 }
 
 std::vector<std::string> ToRow(const std::string& profile, const client::Evaluation& found) {
+  const bool values = found.v.entries > 0;
   std::vector<std::string> row = {profile,
                                   Fixed(found.bits_per_entry(), 3),
                                   Fixed(found.k.bits_per_entry(), 3),
-                                  Fixed(found.v.bits_per_entry(), 3),
+                                  values ? Fixed(found.v.bits_per_entry(), 3) : "-",
                                   Short(found.k.rel_mse()),
-                                  Short(found.v.rel_mse())};
+                                  OrDash(values, found.v.rel_mse())};
   const auto& attention = found.attention;
   row.push_back(attention ? Short(attention->logit_rmse()) : "-");
-  row.push_back(attention ? Short(attention->attention_rel_error()) : "-");
+  row.push_back(attention ? OrDash(attention->outputs > 0, attention->attention_rel_error()) : "-");
   row.push_back(attention ? Short(attention->attention_kl()) : "-");
   row.push_back(Fixed(found.k.mean_rank, 1));
-  row.push_back(Fixed(found.v.mean_rank, 1));
+  row.push_back(values ? Fixed(found.v.mean_rank, 1) : "-");
   row.push_back(StrCat(found.k.raw_blocks + found.v.raw_blocks));
   row.push_back(Fixed(found.encode_mb_per_s(), 1));
   row.push_back(Fixed(found.decode_mb_per_s(), 1));
@@ -72,6 +76,7 @@ absl::StatusOr<Outcome> RunEval(const EvalArguments& arguments) {
   client::CodingSettings settings = arguments.coding.settings;
   const Json options = {{"chunk_tokens", settings.chunk_tokens},
                         {"raw_tokens", client::RawTokens(settings, trace)},
+                        {"raw_layers", settings.raw_layers},
                         {"max_relative_error", settings.max_relative_error},
                         {"bits_per_entry", settings.bits_per_entry},
                         {"fixed_size", settings.fixed_size},

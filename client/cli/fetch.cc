@@ -35,8 +35,7 @@ class TraceOutput : public FetchOutput {
 
   bool wants_values() const override { return true; }
   absl::Status Add(size_t place, uint32_t first_token, std::string_view body) override {
-    return writer_.Write(place, first_token, body.substr(0, body.size() / 2),
-                         body.substr(body.size() / 2));
+    return writer_.Write(place, first_token, body);
   }
   absl::Status Finish() override { return writer_.Finish(); }
 
@@ -81,8 +80,10 @@ absl::StatusOr<RunShape> ReadRunShape(const v1::StatResponse& first_chunk, uint3
                                         ": ",
                                         dtype ? std::string(valid.message()) : "unknown dtype"));
     }
-    result.layers.push_back(
-        {shard.layer(), *dtype, {result.tokens, shape.kv_heads, shape.head_dim}});
+    result.layers.push_back({shard.layer(),
+                             *dtype,
+                             {result.tokens, shape.kv_heads, shape.head_dim},
+                             shard.keys_only()});
   }
   return result;
 }
@@ -123,8 +124,10 @@ void Comparison::Add(const client::TraceLayer& layer, uint32_t first_token, uint
   const auto* data = reinterpret_cast<const std::byte*>(values.data());
   AddEnergies(client::TokenRange(layer.k, first_token, tokens), data, dtype, &k_error_energy,
               &k_energy);
-  AddEnergies(client::TokenRange(layer.v, first_token, tokens), data + values.size() / 2, dtype,
-              &v_error_energy, &v_energy);
+  if (layer.v) {
+    AddEnergies(client::TokenRange(*layer.v, first_token, tokens), data + values.size() / 2, dtype,
+                &v_error_energy, &v_energy);
+  }
 }
 
 }  // namespace kvshrink::cli

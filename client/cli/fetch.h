@@ -33,7 +33,8 @@ class FetchOutput {
  public:
   virtual ~FetchOutput() = default;
   virtual bool wants_values() const { return false; }  // else the shard's bytes
-  // `body`: the shard, or K then V as `wants_values`; `first_token` counts from the run's start.
+  // `body`: the shard, or K then V (where there is V) as `wants_values`; `first_token` counts from
+  // the run's start.
   virtual absl::Status Add(size_t place, uint32_t first_token, std::string_view body) = 0;
   virtual absl::Status Finish() = 0;
 };
@@ -54,7 +55,8 @@ struct Comparison {
   double k_error_energy = 0, k_energy = 0;
   double v_error_energy = 0, v_energy = 0;
 
-  // `values`: K then V of `dtype`, packed, of the layer's tokens from `first_token` on.
+  // `values`: K then V (where the layer has it) of `dtype`, packed, of the layer's tokens from
+  // `first_token` on.
   void Add(const client::TraceLayer& layer, uint32_t first_token, uint32_t tokens, DType dtype,
            std::string_view values);
 };

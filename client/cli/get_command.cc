@@ -45,7 +45,7 @@ v1::GetForm ToForm(const std::string& name) {
 uint64_t RawBytes(const RunShape& shape) {
   uint64_t bytes = 0;
   for (const client::TraceWriter::Layer& layer : shape.layers) {
-    bytes += 2 * uint64_t{layer.shape.entries()} * DTypeBytes(layer.dtype);
+    bytes += layer.entries() * DTypeBytes(layer.dtype);
   }
   return bytes;
 }
@@ -53,6 +53,7 @@ uint64_t RawBytes(const RunShape& shape) {
 struct Totals {
   uint64_t shards = 0;
   uint64_t entries = 0;
+  uint64_t values = 0;      // of the entries, those of V
   uint64_t raw_bytes = 0;   // in the original dtype
   uint64_t body_bytes = 0;  // as they came
   uint64_t wire_bytes = 0;
@@ -117,8 +118,9 @@ class Getter {
       first_token_ = header.first_token;
     }
     const uint32_t first = header.first_token - first_token_;
-    const TensorShape& layer = shape_.layers[place].shape;
-    if (layer.kv_heads != header.shape.kv_heads || layer.head_dim != header.shape.head_dim ||
+    const client::TraceWriter::Layer& layer = shape_.layers[place];
+    if (layer.shape.kv_heads != header.shape.kv_heads ||
+        layer.shape.head_dim != header.shape.head_dim || layer.keys_only != header.keys_only ||
         first > shape_.tokens || header.shape.tokens > shape_.tokens - first) {
       return BadShard("shape", "another one than Stat and Lookup gave", "they must agree");
     }
@@ -126,7 +128,7 @@ class Getter {
     std::string_view body = got.body;
     std::string values;
     if (decoded) {
-      KVSHRINK_RETURN_IF_ERROR(CheckBody(got, header.shape, dtype));
+      KVSHRINK_RETURN_IF_ERROR(CheckBody(got, header, dtype));
     } else if (output_->wants_values() || trace_ != nullptr) {
       const DecodeForm form =
           arguments_.form == "low-rank" ? DecodeForm::kLowRank : DecodeForm::kFull;
@@ -151,6 +153,7 @@ class Getter {
     header.shape = {info.shape().tokens(), info.shape().kv_heads(), info.shape().head_dim()};
     header.first_token = info.first_token();
     header.layer = info.layer();
+    header.keys_only = info.keys_only();
     const absl::Status valid = ValidateShape(header.shape);
     if (!valid.ok()) {
       return absl::DataLossError(valid.message());
@@ -158,13 +161,13 @@ class Getter {
     return header;
   }
 
-  static absl::Status CheckBody(const client::GotShard& got, const TensorShape& shape,
+  static absl::Status CheckBody(const client::GotShard& got, const ShardHeader& header,
                                 DType dtype) {
     if (got.header.tensor().dtype() != client::ToProto(dtype)) {
       return BadShard("tensor.dtype", static_cast<int>(got.header.tensor().dtype()),
                       StrCat("must be ", DTypeName(dtype)));
     }
-    const size_t expected = 2 * shape.entries() * DTypeBytes(dtype);
+    const size_t expected = header.entries() * DTypeBytes(dtype);
     if (got.body.size() != expected) {
       return BadShard("body_bytes", got.body.size(), StrCat("must be ", expected));
     }
@@ -173,7 +176,8 @@ class Getter {
 
   void Count(const client::GotShard& got, const ShardHeader& header) {
     ++totals_.shards;
-    totals_.entries += 2 * uint64_t{header.shape.entries()};
+    totals_.entries += header.entries();
+    totals_.values += header.keys_only ? 0 : header.shape.entries();
     totals_.raw_bytes += header.raw_bytes();
     totals_.body_bytes += got.body.size();
     ++totals_.tiers[std::string(client::TierName(got.header.tier()))];
@@ -201,8 +205,10 @@ absl::Status CheckTrace(const client::Trace& trace, const RunShape& shape) {
                        StrCat("the stored run has ", shape.tokens));
   }
   for (size_t place = 0; place < shape.layers.size(); ++place) {
-    if (trace.layers()[place].k.shape != shape.layers[place].shape) {
-      return BadArgument("trace", StrCat("of another shape in layer ", trace.layers()[place].layer),
+    const client::TraceLayer& layer = trace.layers()[place];
+    if (layer.k.shape != shape.layers[place].shape ||
+        layer.v.has_value() == shape.layers[place].keys_only) {
+      return BadArgument("trace", StrCat("of another shape in layer ", layer.layer),
                          "must be the run's");
     }
   }
@@ -271,9 +277,9 @@ Outcome Describe(const GetArguments& arguments, const RunShape& shape, const Tot
     const double v =
         comparison->v_energy > 0 ? comparison->v_error_energy / comparison->v_energy : 0;
     outcome.object["rel_mse_k"] = k;
-    outcome.object["rel_mse_v"] = v;
+    outcome.object["rel_mse_v"] = OrNull(totals.values > 0, v);
     facts.emplace_back("K error", Short(k));
-    facts.emplace_back("V error", Short(v));
+    facts.emplace_back("V error", OrDash(totals.values > 0, v));
   }
   if (!arguments.out.empty()) {
     facts.emplace_back("file", arguments.out);

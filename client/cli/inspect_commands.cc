@@ -111,15 +111,16 @@ Json ShardJson(const client::KvsEntry& entry, const Shard& shard) {
           {"first_token", header.first_token},
           {"raw_rows", header.raw_rows},
           {"rope", header.extensions.rope ? Json(RopeText(*header.extensions.rope)) : Json()},
+          {"keys_only", header.keys_only},
           {"preview", shard.preview()},
-          {"bits_per_entry", BitsPerEntry(shard.bytes(), 2 * uint64_t{header.shape.entries()})},
+          {"bits_per_entry", BitsPerEntry(shard.bytes(), header.entries())},
           {"sections",
            {{"header_and_index", shard.shared_bytes()},
             {"low", summary.low_bytes},
             {"scales", summary.scales_bytes},
             {"codes", summary.codes_bytes}}},
           {"mean_rank_k", summary.mean_rank(0)},
-          {"mean_rank_v", summary.mean_rank(1)},
+          {"mean_rank_v", OrNull(!header.keys_only, summary.mean_rank(1))},
           {"raw_blocks", summary.raw_blocks},
           {"blocks", std::move(blocks)}};
 }
@@ -136,13 +137,13 @@ std::vector<std::string> ShardRow(const client::KvsEntry& entry, const Shard& sh
           std::string(DTypeName(header.dtype)),
           header.extensions.rope ? RopeText(*header.extensions.rope) : "-",
           StrCat(shard.bytes()),
-          Fixed(BitsPerEntry(shard.bytes(), 2 * uint64_t{header.shape.entries()}), 3),
+          Fixed(BitsPerEntry(shard.bytes(), header.entries()), 3),
           StrCat(shard.shared_bytes()),
           StrCat(summary.low_bytes),
           StrCat(summary.scales_bytes),
           StrCat(summary.codes_bytes),
           Fixed(summary.mean_rank(0), 1),
-          Fixed(summary.mean_rank(1), 1),
+          header.keys_only ? "-" : Fixed(summary.mean_rank(1), 1),
           StrCat(summary.raw_blocks)};
 }
 
@@ -175,7 +176,7 @@ absl::StatusOr<Outcome> RunInspect(const InspectArguments& arguments) {
       file.ForEachShard([&](const client::KvsEntry& entry, const Shard& shard) {
         shards_json.push_back(ShardJson(entry, shard));
         shards.Add(ShardRow(entry, shard));
-        entries += 2 * uint64_t{shard.header().shape.entries()};
+        entries += shard.header().entries();
         for (const BlockView& block : shard.blocks()) {
           if (arguments.blocks) {
             blocks.Add(BlockRow(entry, shard, block));

@@ -98,6 +98,11 @@ void CodingArguments::Add(CLI::App* command) {
       StrCat("first tokens that are kept exactly (default: the trace's, else ", kDefaultRawTokens,
              ")"));
   command
+      ->add_option("--raw-layers", settings.raw_layers,
+                   "so many first and so many last layers take the profile raw")
+      ->capture_default_str()
+      ->check(CLI::Range(0U, kMaxLayer + 1));
+  command
       ->add_option("--max-relative-error", settings.max_relative_error,
                    "bound on a block's sum of squared error / sum of squares; 0 = none")
       ->capture_default_str()

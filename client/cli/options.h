@@ -47,7 +47,7 @@ struct CodingArguments {
 
   bool rope_of_trace = false;  // and it must have one
 
-  // --chunk-tokens, --raw-tokens, --max-relative-error, --rope
+  // --chunk-tokens, --raw-tokens, --raw-layers, --max-relative-error, --rope
   void Add(CLI::App* command);
   // --profile
   void AddProfile(CLI::App* command);

@@ -24,6 +24,9 @@ struct Outcome {
   int exit_code = kExitOk;
 };
 
+// A number, or null where there is nothing to measure.
+inline Json OrNull(bool there, double value) { return there ? Json(value) : Json(nullptr); }
+
 // The command line: parses, runs one command, prints its outcome. A command that fails prints its
 // error on stderr and, with --json, as
 // {"error": {"code", "message"}} on stdout.

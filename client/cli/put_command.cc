@@ -40,6 +40,7 @@ struct WeightedError {
 struct Totals {
   uint64_t raw_bytes = 0;
   uint64_t entries = 0;
+  uint64_t values = 0;  // of the entries, those of V
   uint64_t encoded_bytes = 0;
   uint64_t already_present = 0;
   uint64_t raw_blocks = 0;
@@ -102,7 +103,8 @@ class Putter {
           object.owned = std::make_shared<const std::string>(std::move(coded.bytes));
           object.parts = {*object.owned};
           totals_.raw_bytes += coded.report.raw_bytes;
-          totals_.entries += coded.report.entries;
+          totals_.entries += coded.report.entries();
+          totals_.values += coded.report.v.entries;
           totals_.raw_blocks += coded.report.k.raw_blocks + coded.report.v.raw_blocks;
           totals_.escalated_blocks +=
               coded.report.k.escalated_blocks + coded.report.v.escalated_blocks;
@@ -127,29 +129,33 @@ class Putter {
   absl::Status SendTensor(uint32_t chunk, size_t place, const client::TraceLayer& layer,
                           const client::TokenSpan& span) {
     const ConstTensor k = client::TokenRange(layer.k, span.first_token, span.tokens);
-    const ConstTensor v = client::TokenRange(layer.v, span.first_token, span.tokens);
+    const std::optional<ConstTensor> v = client::TokenRange(layer.v, span.first_token, span.tokens);
     client::PutObject object = MakeObject(chunk, place);
     v1::TensorSpec* spec = object.header.mutable_tensor();
     spec->set_dtype(client::ToProto(k.dtype));
     spec->mutable_shape()->set_tokens(k.shape.tokens);
     spec->mutable_shape()->set_kv_heads(k.shape.kv_heads);
     spec->mutable_shape()->set_head_dim(k.shape.head_dim);
+    spec->set_keys_only(!v.has_value());
     v1::EncodeSpec* encode = object.header.mutable_encode();
-    encode->set_profile(client::ToProto(settings_.profile));
+    const bool raw = client::IsRawLayer(settings_, place, trace_.layers().size());
+    encode->set_profile(client::ToProto(raw ? Profile::kRaw : settings_.profile));
     encode->set_max_relative_error(settings_.max_relative_error);
-    encode->set_bits_per_entry(settings_.bits_per_entry);
-    encode->set_fixed_size(settings_.fixed_size);
+    encode->set_bits_per_entry(raw ? 0 : settings_.bits_per_entry);
+    encode->set_fixed_size(settings_.fixed_size && !raw);
     encode->set_raw_tokens(client::RawTokens(settings_, trace_));
     encode->set_first_token(span.first_token);
     if (const auto rope = client::RopesOf(settings_, trace_).Of(layer.layer)) {
       *encode->mutable_rope() = client::ToProto(*rope);
     }
     const size_t bytes = k.shape.entries() * DTypeBytes(k.dtype);
-    for (const ConstTensor& tensor : {k, v}) {
-      object.parts.emplace_back(reinterpret_cast<const char*>(tensor.data), bytes);
+    object.parts.emplace_back(reinterpret_cast<const char*>(k.data), bytes);
+    if (v) {
+      object.parts.emplace_back(reinterpret_cast<const char*>(v->data), bytes);
     }
-    totals_.raw_bytes += 2 * bytes;
-    totals_.entries += 2 * k.shape.entries();
+    totals_.raw_bytes += object.body_bytes();
+    totals_.entries += k.shape.entries() * object.parts.size();
+    totals_.values += v ? k.shape.entries() : 0;
     return Send(std::move(object));
   }
 
@@ -185,8 +191,10 @@ class Putter {
     const uint32_t raw_rows = raw_tokens > first ? raw_tokens - first : 0;
     totals_.k.Add(stats.k().relative_error(),
                   CodedEnergy(client::TokenRange(layer.k, first, tokens), raw_rows));
-    totals_.v.Add(stats.v().relative_error(),
-                  CodedEnergy(client::TokenRange(layer.v, first, tokens), raw_rows));
+    if (layer.v) {
+      totals_.v.Add(stats.v().relative_error(),
+                    CodedEnergy(client::TokenRange(*layer.v, first, tokens), raw_rows));
+    }
     totals_.raw_blocks += stats.k().raw_blocks() + stats.v().raw_blocks();
     totals_.escalated_blocks += stats.k().escalated_blocks() + stats.v().escalated_blocks();
   }
@@ -225,6 +233,7 @@ Outcome Describe(const PutArguments& arguments, const client::Trace& trace, size
                     {"prefix", arguments.run.prefix},
                     {"profile", profile},
                     {"rope", client::RopesOf(arguments.coding.settings, trace).Text()},
+                    {"raw_layers", arguments.coding.settings.raw_layers},
                     {"encode_at", arguments.encode_at},
                     {"chunks", chunks},
                     {"layers", trace.layers().size()},
@@ -234,7 +243,7 @@ Outcome Describe(const PutArguments& arguments, const client::Trace& trace, size
                     {"resent", putter.resent_objects()},
                     {"bits_per_entry", bits},
                     {"rel_mse_k", totals.k.relative_error()},
-                    {"rel_mse_v", totals.v.relative_error()},
+                    {"rel_mse_v", OrNull(totals.values > 0, totals.v.relative_error())},
                     {"raw_blocks", totals.raw_blocks},
                     {"escalated_blocks", totals.escalated_blocks},
                     {"raw_bytes", totals.raw_bytes},
@@ -248,7 +257,7 @@ Outcome Describe(const PutArguments& arguments, const client::Trace& trace, size
        {"profile", StrCat(profile, ", coded by the ", arguments.encode_at)},
        {"bits per entry", Fixed(bits, 3)},
        {"K error", Short(totals.k.relative_error())},
-       {"V error", Short(totals.v.relative_error())},
+       {"V error", OrDash(totals.values > 0, totals.v.relative_error())},
        {"raw", Bytes(totals.raw_bytes)},
        {"stored", Bytes(totals.encoded_bytes)},
        {"on the wire", Bytes(putter.wire_bytes())},

@@ -49,6 +49,8 @@ std::string Fixed(double value, int digits) { return absl::StrFormat("%.*f", dig
 
 std::string Short(double value) { return absl::StrFormat("%.3g", value); }
 
+std::string OrDash(bool there, double value) { return there ? Short(value) : "-"; }
+
 std::string Bytes(uint64_t bytes) {
   static constexpr const char* kUnits[] = {"B", "KiB", "MiB", "GiB", "TiB"};
   auto size = static_cast<double>(bytes);

@@ -26,6 +26,8 @@ std::string Facts(const std::vector<std::pair<std::string, std::string>>& facts)
 std::string Fixed(double value, int digits);
 // Three significant digits, for errors.
 std::string Short(double value);
+// The same of what is there, "-" of what isn't.
+std::string OrDash(bool there, double value);
 std::string Bytes(uint64_t bytes);  // "1.50 MiB"
 // Printable, whatever bytes a key has: others as \xNN.
 std::string Printable(const std::string& bytes);

@@ -16,19 +16,22 @@ struct Head {
   size_t tokens = 0;
   size_t head_dim = 0;
   std::vector<double> keys;    // [head_dim, tokens]
-  std::vector<double> values;  // [tokens, head_dim]
+  std::vector<double> values;  // [tokens, head_dim]; empty when the layer has none
 };
 
 Head ReadHead(const KeysValues& kv, size_t head) {
   const size_t tokens = kv.shape.tokens;
   const size_t head_dim = kv.shape.head_dim;
   Head result{tokens, head_dim, std::vector<double>(tokens * head_dim),
-              std::vector<double>(tokens * head_dim)};
+              std::vector<double>(kv.v.empty() ? 0 : tokens * head_dim)};
   for (size_t token = 0; token < tokens; ++token) {
     const size_t row = (token * kv.shape.kv_heads + head) * head_dim;
     for (size_t channel = 0; channel < head_dim; ++channel) {
       result.keys[channel * tokens + token] = static_cast<double>(kv.k[row + channel]);
-      result.values[token * head_dim + channel] = static_cast<double>(kv.v[row + channel]);
+    }
+    if (!kv.v.empty()) {
+      std::copy_n(kv.v.begin() + static_cast<std::ptrdiff_t>(row), head_dim,
+                  result.values.begin() + static_cast<std::ptrdiff_t>(token * head_dim));
     }
   }
   return result;
@@ -60,9 +63,11 @@ struct Row {
       sum += weights[token];
     }
     log_sum = top + std::log(sum);
-    output.assign(head.head_dim, 0);
-    for (size_t token = 0; token < visible; ++token) {
-      weights[token] /= sum;
+    for (double& weight : weights) {
+      weight /= sum;
+    }
+    output.assign(head.values.empty() ? 0 : head.head_dim, 0);
+    for (size_t token = 0; token < visible && !head.values.empty(); ++token) {
       const double* values = head.values.data() + token * head.head_dim;
       for (size_t channel = 0; channel < head.head_dim; ++channel) {
         output[channel] += weights[token] * values[channel];
@@ -88,6 +93,7 @@ void AddRow(const Row& exact, const Row& coded, AttentionErrors* errors) {
   }
   errors->logits += exact.logits.size();
   errors->rows += 1;
+  errors->outputs += exact.output.empty() ? 0 : 1;
 }
 
 absl::Status CheckKeysValues(const KeysValues& kv) {
@@ -95,8 +101,10 @@ absl::Status CheckKeysValues(const KeysValues& kv) {
   if (kv.shape.tokens < 1) {
     return BadArgument("tokens", kv.shape.tokens, "must be at least 1");
   }
-  if (kv.k.size() != kv.shape.entries() || kv.v.size() != kv.shape.entries()) {
-    return BadArgument("values", kv.k.size(), StrCat("the shape has ", kv.shape.entries()));
+  for (const size_t size : {kv.k.size(), kv.v.empty() ? kv.k.size() : kv.v.size()}) {
+    if (size != kv.shape.entries()) {
+      return BadArgument("values", size, StrCat("the shape has ", kv.shape.entries()));
+    }
   }
   return absl::OkStatus();
 }
@@ -126,6 +134,7 @@ void AttentionErrors::Add(const AttentionErrors& other) {
   logits += other.logits;
   output_error_energy += other.output_error_energy;
   output_energy += other.output_energy;
+  outputs += other.outputs;
   kl_nats += other.kl_nats;
   rows += other.rows;
 }
@@ -149,7 +158,7 @@ absl::StatusOr<AttentionErrors> MeasureAttention(const KeysValues& exact, const 
   KVSHRINK_RETURN_IF_ERROR(CheckKeysValues(exact));
   KVSHRINK_RETURN_IF_ERROR(CheckKeysValues(coded));
   KVSHRINK_RETURN_IF_ERROR(CheckQueries(queries, exact.shape));
-  if (exact.shape != coded.shape) {
+  if (exact.shape != coded.shape || exact.v.size() != coded.v.size()) {
     return BadArgument("shape", "another one than that of the exact tensors", "must be the same");
   }
   const size_t group = queries.q_heads / exact.shape.kv_heads;
@@ -187,7 +196,7 @@ absl::StatusOr<ExactAttention> ComputeAttention(const KeysValues& exact, const Q
   const size_t group = queries.q_heads / exact.shape.kv_heads;
   ExactAttention result;
   result.logits.assign(rows * tokens, -std::numeric_limits<double>::infinity());
-  result.output.resize(rows * head_dim);
+  result.output.resize(exact.v.empty() ? 0 : rows * head_dim);
   ParallelFor(exact.shape.kv_heads, threads, [&](size_t head) {
     const Head keys_values = ReadHead(exact, head);
     Row row;
@@ -197,7 +206,8 @@ absl::StatusOr<ExactAttention> ComputeAttention(const KeysValues& exact, const Q
         row.Compute(keys_values, queries.values.data() + place * head_dim, scale,
                     queries.first_position + query + 1);
         std::copy_n(row.logits.begin(), row.weights.size(), result.logits.data() + place * tokens);
-        std::copy(row.output.begin(), row.output.end(), result.output.data() + place * head_dim);
+        std::copy(row.output.begin(), row.output.end(),
+                  result.output.begin() + static_cast<std::ptrdiff_t>(place * row.output.size()));
       }
     }
   });

@@ -19,7 +19,7 @@ double MbPerSecond(uint64_t entries, double seconds) {
   return seconds > 0 ? static_cast<double>(entries) * kRawBytesPerEntry / kBytesPerMb / seconds : 0;
 }
 
-// A layer as it was and as a decoder gives it.
+// A layer as it was and as a decoder gives it; without V where it has keys only.
 struct LayerValues {
   std::vector<float> k, v, coded_k, coded_v;
 };
@@ -61,18 +61,23 @@ void AddBytes(const Shard& shard, Evaluation* result) {
     of_kind[block.kind == Kind::kKey ? 0 : 1] += block.bytes();
   }
   // Header and index have an even number of bytes.
-  result->k.bytes += of_kind[0] + shard.shared_bytes() / 2;
-  result->v.bytes += of_kind[1] + shard.shared_bytes() / 2;
+  const bool keys_only = shard.header().keys_only;
+  const uint64_t of_values = keys_only ? 0 : shard.shared_bytes() / 2;
+  result->k.bytes += of_kind[0] + shard.shared_bytes() - of_values;
+  result->v.bytes += of_kind[1] + of_values;
   result->shard_bytes += shard.bytes();
   result->k.entries += shard.header().shape.entries();
-  result->v.entries += shard.header().shape.entries();
+  result->v.entries += keys_only ? 0 : shard.header().shape.entries();
 }
 
 class Evaluator {
  public:
   Evaluator(const Backend& backend, const Trace& trace) : backend_(backend) {
     for (const TraceLayer& layer : trace.layers()) {
-      LayerValues values{ToFloats(layer.k), ToFloats(layer.v), {}, {}};
+      LayerValues values{ToFloats(layer.k), {}, {}, {}};
+      if (layer.v) {
+        values.v = ToFloats(*layer.v);
+      }
       values.coded_k.resize(values.k.size());
       values.coded_v.resize(values.v.size());
       layers_.push_back(std::move(values));
@@ -93,7 +98,8 @@ class Evaluator {
     };
     const auto start = std::chrono::steady_clock::now();
     KVSHRINK_RETURN_IF_ERROR(
-        DecodeShard(backend_, *shard, DecodeForm::kFull, out(&layer.coded_k), out(&layer.coded_v)));
+        DecodeShard(backend_, *shard, DecodeForm::kFull, out(&layer.coded_k),
+                    layer.v.empty() ? std::nullopt : std::optional(out(&layer.coded_v))));
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     result_.decode_seconds += elapsed.count();
     result_.encode_seconds += coded.seconds;

@@ -42,6 +42,10 @@ absl::Status KvsAgreement::Add(const ShardHeader& header) {
     return BadShard("head_dim", shape.head_dim,
                     StrCat("its layer has ", first.shape.head_dim, " in the first chunk"));
   }
+  if (header.keys_only != first.keys_only) {
+    return BadShard("flags", header.keys_only ? "keys only" : "keys and values",
+                    "its layer has the other in the first chunk");
+  }
   if (++place_ == layers_.size()) {
     place_ = 0;
     end_token_ = uint64_t{chunk_.first_token} + chunk_.shape.tokens;

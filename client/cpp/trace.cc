@@ -99,22 +99,24 @@ struct Parts {
 
 absl::StatusOr<TraceLayer> ReadLayer(uint32_t number, const Parts& parts) {
   const std::string name = StrCat("layer.", number);
-  if (parts.k == nullptr || parts.v == nullptr) {
-    return BadTrace(StrCat(name, parts.k == nullptr ? ".k" : ".v"), "missing",
-                    "a layer needs k and v");
+  if (parts.k == nullptr) {
+    return BadTrace(StrCat(name, ".k"), "missing", "a layer needs k");
   }
   const auto k = ReadKv(StrCat(name, ".k"), *parts.k);
   if (!k.ok()) {
     return k.status();
   }
-  const auto v = ReadKv(StrCat(name, ".v"), *parts.v);
-  if (!v.ok()) {
-    return v.status();
+  TraceLayer layer{number, *k, std::nullopt, std::nullopt};
+  if (parts.v != nullptr) {
+    const auto v = ReadKv(StrCat(name, ".v"), *parts.v);
+    if (!v.ok()) {
+      return v.status();
+    }
+    if (k->shape != v->shape || k->dtype != v->dtype) {
+      return BadTrace(StrCat(name, ".v"), "of another shape or dtype than k", "they must agree");
+    }
+    layer.v = *v;
   }
-  if (k->shape != v->shape || k->dtype != v->dtype) {
-    return BadTrace(StrCat(name, ".v"), "of another shape or dtype than k", "they must agree");
-  }
-  TraceLayer layer{number, *k, *v, std::nullopt};
   if (parts.q != nullptr) {
     const auto q = ReadQueries(StrCat(name, ".q"), *parts.q, k->shape);
     if (!q.ok()) {
@@ -212,7 +214,7 @@ const TraceLayer* Trace::layer(uint32_t number) const {
 uint64_t Trace::entries() const {
   uint64_t entries = 0;
   for (const TraceLayer& layer : layers_) {
-    entries += 2 * uint64_t{layer.k.shape.entries()};
+    entries += layer.entries();
   }
   return entries;
 }
@@ -220,7 +222,7 @@ uint64_t Trace::entries() const {
 uint64_t Trace::raw_bytes() const {
   uint64_t bytes = 0;
   for (const TraceLayer& layer : layers_) {
-    bytes += 2 * uint64_t{layer.k.shape.entries()} * DTypeBytes(layer.k.dtype);
+    bytes += layer.entries() * DTypeBytes(layer.k.dtype);
   }
   return bytes;
 }
@@ -230,6 +232,11 @@ ConstTensor TokenRange(const ConstTensor& tensor, uint32_t first, uint32_t count
   range.data += tensor.layout.Offset(first, 0) * DTypeBytes(tensor.dtype);
   range.shape.tokens = count;
   return range;
+}
+
+std::optional<ConstTensor> TokenRange(const std::optional<ConstTensor>& tensor, uint32_t first,
+                                      uint32_t count) {
+  return tensor ? std::optional(TokenRange(*tensor, first, count)) : std::nullopt;
 }
 
 std::string_view SafetensorsDtype(DType dtype) {
@@ -266,9 +273,10 @@ absl::StatusOr<TraceWriter> TraceWriter::Create(const std::string& path, const M
   for (const Layer& layer : layers) {
     const std::vector<uint64_t> shape = {layer.shape.tokens, layer.shape.kv_heads,
                                          layer.shape.head_dim};
-    for (const char* part : {".k", ".v"}) {
-      tensors.push_back(
-          {StrCat("layer.", layer.layer, part), std::string(SafetensorsDtype(layer.dtype)), shape});
+    const std::string dtype(SafetensorsDtype(layer.dtype));
+    tensors.push_back({StrCat("layer.", layer.layer, ".k"), dtype, shape});
+    if (!layer.keys_only) {
+      tensors.push_back({StrCat("layer.", layer.layer, ".v"), dtype, shape});
     }
   }
   auto writer = SafetensorsWriter::Create(path, metadata, std::move(tensors));
@@ -279,18 +287,27 @@ absl::StatusOr<TraceWriter> TraceWriter::Create(const std::string& path, const M
 }
 
 TraceWriter::TraceWriter(SafetensorsWriter writer, std::vector<Layer> layers)
-    : writer_(std::move(writer)), layers_(std::move(layers)) {}
+    : writer_(std::move(writer)), layers_(std::move(layers)) {
+  size_t tensors = 0;
+  for (const Layer& layer : layers_) {
+    first_tensor_.push_back(tensors);
+    tensors += layer.keys_only ? 1 : 2;
+  }
+}
 
-absl::Status TraceWriter::Write(size_t index, uint32_t first_token, std::string_view k,
-                                std::string_view v) {
+absl::Status TraceWriter::Write(size_t index, uint32_t first_token, std::string_view values) {
   if (index >= layers_.size()) {
     return absl::OutOfRangeError(StrCat("layer ", index, " of ", layers_.size()));
   }
   const Layer& layer = layers_[index];
   const uint64_t offset =
       uint64_t{first_token} * layer.shape.kv_heads * layer.shape.head_dim * DTypeBytes(layer.dtype);
-  KVSHRINK_RETURN_IF_ERROR(writer_.Write(2 * index, offset, k));
-  return writer_.Write(2 * index + 1, offset, v);
+  if (layer.keys_only) {
+    return writer_.Write(first_tensor_[index], offset, values);
+  }
+  const size_t half = values.size() / 2;
+  KVSHRINK_RETURN_IF_ERROR(writer_.Write(first_tensor_[index], offset, values.substr(0, half)));
+  return writer_.Write(first_tensor_[index] + 1, offset, values.substr(half));
 }
 
 }  // namespace kvshrink::client

@@ -41,7 +41,8 @@ absl::StatusOr<FileShape> ReadFileShape(const KvsFile& file, std::optional<DType
     }
     TensorShape shape = header.shape;
     shape.tokens = result.tokens;
-    result.layers.push_back({file.layers()[place], dtype.value_or(header.dtype), shape});
+    result.layers.push_back(
+        {file.layers()[place], dtype.value_or(header.dtype), shape, header.keys_only});
   }
   return result;
 }
@@ -54,6 +55,10 @@ uint32_t RawTokens(const CodingSettings& settings, const Trace& trace) {
 
 const LayerRopes& RopesOf(const CodingSettings& settings, const Trace& trace) {
   return settings.ropes.has_value() ? *settings.ropes : trace.ropes();
+}
+
+bool IsRawLayer(const CodingSettings& settings, size_t place, size_t layers) {
+  return place < settings.raw_layers || layers - place <= settings.raw_layers;
 }
 
 std::vector<TokenSpan> ChunksOf(uint32_t tokens, uint32_t chunk_tokens) {
@@ -73,15 +78,16 @@ absl::Status EncodeTrace(const Backend& backend, const Trace& trace, const Codin
   }
   const std::vector<TokenSpan> chunks = ChunksOf(trace.tokens(), settings.chunk_tokens);
   EncodeOptions options;
-  options.profile = settings.profile;
   options.raw_tokens = RawTokens(settings, trace);
   options.max_relative_error = settings.max_relative_error;
-  options.bits_per_entry = settings.bits_per_entry;
-  options.fixed_size = settings.fixed_size;
   for (uint32_t chunk = 0; chunk < chunks.size(); ++chunk) {
     options.first_token = chunks[chunk].first_token;
     for (size_t place = 0; place < trace.layers().size(); ++place) {
       const TraceLayer& layer = trace.layers()[place];
+      const bool raw = IsRawLayer(settings, place, trace.layers().size());
+      options.profile = raw ? Profile::kRaw : settings.profile;
+      options.bits_per_entry = raw ? 0 : settings.bits_per_entry;
+      options.fixed_size = settings.fixed_size && !raw;
       options.layer =
           numbers == LayerNumbers::kOfTrace ? layer.layer : static_cast<uint32_t>(place);
       const auto [first, tokens] = chunks[chunk];
@@ -148,12 +154,10 @@ absl::StatusOr<DecodedFile> DecodeFile(const Backend& backend, const KvsFile& fi
         KVSHRINK_ASSIGN_OR_RETURN(const std::string bytes,
                                   DecodeToBytes(backend, shard, form, shape.layers[place].dtype));
         result.seconds += SecondsSince(start);
-        const std::string_view both = bytes;
-        KVSHRINK_RETURN_IF_ERROR(writer.Write(place, shard.header().first_token - shape.first_token,
-                                              both.substr(0, both.size() / 2),
-                                              both.substr(both.size() / 2)));
+        KVSHRINK_RETURN_IF_ERROR(
+            writer.Write(place, shard.header().first_token - shape.first_token, bytes));
         result.raw_bytes += bytes.size();
-        result.entries += 2 * uint64_t{shard.header().shape.entries()};
+        result.entries += shard.header().entries();
         place = (place + 1) % shape.layers.size();
         if (progress) {
           progress(result.raw_bytes);
@@ -168,18 +172,19 @@ absl::StatusOr<std::string> DecodeToBytes(const Backend& backend, const Shard& s
                                           DecodeForm form, DType dtype) {
   const TensorShape& shape = shard.header().shape;
   const size_t half = shape.entries() * DTypeBytes(dtype);
-  std::string bytes(2 * half, '\0');
+  const bool keys_only = shard.header().keys_only;
+  std::string bytes(shard.header().kinds() * half, '\0');
   auto* data = reinterpret_cast<std::byte*>(bytes.data());
   const MutableTensor k{data, dtype, shape, LayoutThd(shape)};
-  const MutableTensor v{data + half, dtype, shape, LayoutThd(shape)};
-  KVSHRINK_RETURN_IF_ERROR(DecodeShard(backend, shard, form, k, v));
+  const MutableTensor v{keys_only ? nullptr : data + half, dtype, shape, LayoutThd(shape)};
+  KVSHRINK_RETURN_IF_ERROR(
+      DecodeShard(backend, shard, form, k, keys_only ? std::nullopt : std::optional(v)));
   return bytes;
 }
 
 void AddReport(const ShardReport& report, ShardReport* total) {
   total->raw_bytes += report.raw_bytes;
   total->encoded_bytes += report.encoded_bytes;
-  total->entries += report.entries;
   total->k.Add(report.k);
   total->v.Add(report.v);
 }

@@ -25,7 +25,8 @@ ShardReport ReportOf(const Shard& shard) {
   ShardReport report;
   report.raw_bytes = shard.header().raw_bytes();
   report.encoded_bytes = shard.bytes();
-  report.entries = 2 * uint64_t{shard.header().shape.entries()};
+  report.k.entries = shard.header().shape.entries();
+  report.v.entries = shard.header().entries() - report.k.entries;
   for (const BlockView& block : shard.blocks()) {
     KindReport& kind = block.kind == Kind::kKey ? report.k : report.v;
     kind.bytes += block.bytes();
@@ -36,8 +37,7 @@ ShardReport ReportOf(const Shard& shard) {
       ++kind.rank_histogram[block.rank];
     }
   }
-  report.k.bytes += shard.shared_bytes() / 2;
-  report.v.bytes += shard.shared_bytes() - shard.shared_bytes() / 2;
+  report.AddShared(shard.shared_bytes());
   return report;
 }
 
@@ -73,14 +73,17 @@ absl::StatusOr<std::string> DecodeToBytes(const Backend& backend, const Shard& s
     return BadArgument("kv_heads", kv_heads.back(),
                        absl::StrCat("the shard has ", shape.kv_heads, " kv heads"));
   }
-  std::string all(PackedBytes(shape, plan.dtype), '\0');
+  std::string all(PackedBytes(shape, plan.dtype, plan.keys_only), '\0');
   std::byte* k = reinterpret_cast<std::byte*>(all.data());
-  std::byte* v = k + all.size() / 2;
+  std::byte* v = k + shape.entries() * DTypeBytes(plan.dtype);
   const TensorLayout packed = LayoutThd(shape);
+  const MutableTensor v_out{v, plan.dtype, shape, packed};
   KVSHRINK_RETURN_IF_ERROR(DecodeShard(backend, shard, form, {k, plan.dtype, shape, packed},
-                                       {v, plan.dtype, shape, packed}));
+                                       plan.keys_only ? std::nullopt : std::optional(v_out)));
   CopyHeads({k, plan.dtype, shape, packed}, kv_heads, plan.K(data));
-  CopyHeads({v, plan.dtype, shape, packed}, kv_heads, plan.V(data));
+  if (!plan.keys_only) {
+    CopyHeads({v, plan.dtype, shape, packed}, kv_heads, *plan.V(data));
+  }
   return body;
 }
 

@@ -78,20 +78,27 @@ uint64_t PaddedExtent(const TensorShape& shape, const TensorLayout& layout, uint
 ConstTensor TensorPlan::K(std::string_view body) const {
   return {reinterpret_cast<const std::byte*>(body.data()), dtype, shape, layout};
 }
-ConstTensor TensorPlan::V(std::string_view body) const {
-  return {reinterpret_cast<const std::byte*>(body.data()) + v_offset_bytes, dtype, shape, layout};
+std::optional<ConstTensor> TensorPlan::V(std::string_view body) const {
+  if (keys_only) {
+    return std::nullopt;
+  }
+  return ConstTensor{reinterpret_cast<const std::byte*>(body.data()) + v_offset_bytes, dtype, shape,
+                     layout};
 }
 MutableTensor TensorPlan::K(std::byte* body) const { return {body, dtype, shape, layout}; }
-MutableTensor TensorPlan::V(std::byte* body) const {
-  return {body + v_offset_bytes, dtype, shape, layout};
+std::optional<MutableTensor> TensorPlan::V(std::byte* body) const {
+  if (keys_only) {
+    return std::nullopt;
+  }
+  return MutableTensor{body + v_offset_bytes, dtype, shape, layout};
 }
 
-uint64_t PackedBytes(const TensorShape& shape, DType dtype) {
-  return 2 * uint64_t{shape.entries()} * DTypeBytes(dtype);
+uint64_t PackedBytes(const TensorShape& shape, DType dtype, bool keys_only) {
+  return (keys_only ? 1 : 2) * uint64_t{shape.entries()} * DTypeBytes(dtype);
 }
 
-uint64_t EncodeBytes(const TensorShape& shape, DType dtype) {
-  return 2 * PackedBytes(shape, dtype);
+uint64_t EncodeBytes(const TensorShape& shape, DType dtype, bool keys_only) {
+  return 2 * PackedBytes(shape, dtype, keys_only);
 }
 
 // Whether V may start at this element: behind all of K, or beside K in pages that hold both
@@ -111,8 +118,8 @@ bool PlaceOfV(const TensorShape& shape, const TensorLayout& layout, uint64_t ext
 }
 
 absl::StatusOr<TensorPlan> MakeTensorPlan(DType dtype, const TensorShape& shape,
-                                          const TensorLayout& layout, uint64_t v_offset_bytes,
-                                          std::string_view field) {
+                                          const TensorLayout& layout, bool keys_only,
+                                          uint64_t v_offset_bytes, std::string_view field) {
   if (absl::Status status = ValidateShape(shape); !status.ok()) {
     return Named(StrCat(field, ".shape"), status);
   }
@@ -128,11 +135,18 @@ absl::StatusOr<TensorPlan> MakeTensorPlan(DType dtype, const TensorShape& shape,
   }
   const uint64_t size = DTypeBytes(dtype);
   const uint64_t extent_bytes = *extent * size;
-  TensorPlan plan{dtype, shape, layout, v_offset_bytes, 0, 0};
+  const uint64_t padded_bytes = PaddedExtent(shape, layout, *extent) * size;
+  const std::string v_field = StrCat(field, ".v_offset_bytes");
+  if (keys_only) {
+    if (v_offset_bytes != 0) {
+      return BadArgument(v_field, v_offset_bytes, "must be 0 with keys_only");
+    }
+    return TensorPlan{dtype, shape, layout, true, 0, extent_bytes, padded_bytes};
+  }
+  TensorPlan plan{dtype, shape, layout, false, v_offset_bytes, 0, 0};
   if (plan.v_offset_bytes == 0) {
     plan.v_offset_bytes = extent_bytes;
   }
-  const std::string v_field = StrCat(field, ".v_offset_bytes");
   if (plan.v_offset_bytes % size != 0) {
     return BadArgument(v_field, v_offset_bytes,
                        StrCat("must be a multiple of ", size, ", the size of ", DTypeName(dtype)));
@@ -144,7 +158,7 @@ absl::StatusOr<TensorPlan> MakeTensorPlan(DType dtype, const TensorShape& shape,
                               ", or lie beside K in its pages"));
   }
   plan.bytes = plan.v_offset_bytes + extent_bytes;
-  plan.max_bytes = plan.v_offset_bytes + PaddedExtent(shape, layout, *extent) * size;
+  plan.max_bytes = plan.v_offset_bytes + padded_bytes;
   return plan;
 }
 

@@ -154,6 +154,11 @@ absl::StatusOr<uint64_t> AttendStream::CheckChunks(const v1::AttendHeader& heade
       return BadArgument("head_dim", header.head_dim(),
                          StrCat("chunks[", i, "] has head_dim ", meta->head_dim));
     }
+    if (meta->keys_only && details.task.output) {
+      return absl::FailedPreconditionError(
+          StrCat("chunks[", i, "] has keys only in layer ", header.layer(),
+                 ": it gives ATTEND_MODE_SCORES, no ATTEND_MODE_OUTPUT"));
+    }
     ShardHeader shard;
     shard.shape = {meta->tokens, meta->kv_heads, meta->head_dim};
     shard.first_token = meta->first_token;

@@ -27,8 +27,9 @@ absl::StatusOr<Accepted<CompressDetails>> CompressStream::Check(const v1::Compre
     return plan.status();
   }
   KVSHRINK_RETURN_IF_ERROR(CheckFit(*options, plan->shape));
-  return Accepted<CompressDetails>{{*plan, *options},
-                                   header.body_bytes() + EncodeBytes(plan->shape, plan->dtype)};
+  return Accepted<CompressDetails>{
+      {*plan, *options},
+      header.body_bytes() + EncodeBytes(plan->shape, plan->dtype, plan->keys_only)};
 }
 
 absl::StatusOr<CompressStream::Answer> CompressStream::Work(Object& object) {
@@ -69,8 +70,8 @@ absl::StatusOr<DecompressStream::Answer> DecompressStream::Work(Object& object) 
   }
   const DType dtype = details.dtype == v1::DTYPE_UNSPECIFIED ? shard->header().dtype
                                                              : *ToDType(details.dtype, "dtype");
-  absl::StatusOr<TensorPlan> plan =
-      PlanOutput(dtype, details.layout, shard->header().shape, env_.max_object_bytes);
+  absl::StatusOr<TensorPlan> plan = PlanOutput(dtype, details.layout, shard->header().shape,
+                                               shard->header().keys_only, env_.max_object_bytes);
   if (!plan.ok()) {
     return plan.status();
   }

@@ -20,8 +20,8 @@ static_assert(static_cast<int>(RopeScaling::kYarnUntruncated) + 1 ==
 static_assert(static_cast<int>(Profile::kRaw) + 1 == v1::PROFILE_RAW);
 static_assert(static_cast<int>(Profile::kKvs4) + 1 == v1::PROFILE_KVS4);
 
-void FillKind(const KindReport& report, uint64_t entries, v1::KindStats* out) {
-  out->set_bits_per_entry(8.0 * static_cast<double>(report.bytes) / static_cast<double>(entries));
+void FillKind(const KindReport& report, v1::KindStats* out) {
+  out->set_bits_per_entry(report.bits_per_entry());
   out->set_relative_error(report.relative_error());
   out->set_max_block_relative_error(report.max_block_relative_error);
   out->set_blocks(report.blocks);
@@ -165,6 +165,7 @@ store::ShardMeta MetaOf(const ShardHeader& header, uint64_t bytes) {
   meta.kv_heads = header.shape.kv_heads;
   meta.head_dim = header.shape.head_dim;
   meta.first_token = header.first_token;
+  meta.keys_only = header.keys_only;
   meta.raw_bytes = header.raw_bytes();
   meta.bytes = bytes;
   return meta;
@@ -179,6 +180,7 @@ void FillShardInfo(const store::ShardMeta& meta, v1::ShardInfo* out) {
   out->mutable_shape()->set_head_dim(meta.head_dim);
   out->set_first_token(meta.first_token);
   out->set_bytes(meta.bytes);
+  out->set_keys_only(meta.keys_only);
 }
 
 void FillChunkInfo(const store::ChunkStat& stat, v1::ChunkInfo* out) {
@@ -202,8 +204,10 @@ void FillStats(const ShardReport& report, v1::ShardStats* out) {
   out->set_raw_bytes(report.raw_bytes);
   out->set_encoded_bytes(report.encoded_bytes);
   out->set_bits_per_entry(report.bits_per_entry());
-  FillKind(report.k, report.entries / 2, out->mutable_k());
-  FillKind(report.v, report.entries / 2, out->mutable_v());
+  FillKind(report.k, out->mutable_k());
+  if (report.v.entries > 0) {
+    FillKind(report.v, out->mutable_v());
+  }
 }
 
 void FillStatus(const absl::Status& status, uint32_t retry_after_ms, v1::ObjectStatus* out) {

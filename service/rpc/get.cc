@@ -37,10 +37,10 @@ TensorShape PickedShape(const v1::GetRequest& request, TensorShape shape) {
 }
 
 absl::StatusOr<TensorPlan> PlanOf(const v1::GetRequest& request, const TensorShape& shape,
-                                  DType original, uint64_t max_bytes) {
+                                  bool keys_only, DType original, uint64_t max_bytes) {
   const DType dtype =
       request.dtype() == v1::DTYPE_UNSPECIFIED ? original : *ToDType(request.dtype(), "dtype");
-  return PlanOutput(dtype, request.layout(), PickedShape(request, shape), max_bytes);
+  return PlanOutput(dtype, request.layout(), PickedShape(request, shape), keys_only, max_bytes);
 }
 
 }  // namespace
@@ -132,12 +132,13 @@ uint64_t GetStream::AnswerBytes(const v1::GetRequest& request, const store::Shar
   }
   const TensorShape shape{meta.tokens, meta.kv_heads, meta.head_dim};
   absl::StatusOr<TensorPlan> plan =
-      PlanOf(request, shape, static_cast<DType>(meta.dtype), env_.max_object_bytes);
+      PlanOf(request, shape, meta.keys_only, static_cast<DType>(meta.dtype), env_.max_object_bytes);
   if (!plan.ok()) {
     return meta.bytes;
   }
   // Picking heads decodes all of them first.
-  const uint64_t all = request.kv_heads_size() > 0 ? PackedBytes(shape, plan->dtype) : 0;
+  const uint64_t all =
+      request.kv_heads_size() > 0 ? PackedBytes(shape, plan->dtype, meta.keys_only) : 0;
   return meta.bytes + plan->bytes + all;
 }
 
@@ -271,8 +272,8 @@ absl::StatusOr<GetStream::Answer> GetStream::Load(const Progress& progress,
 
 absl::StatusOr<GetStream::Answer> GetStream::Decode(const Progress& progress, const Shard& shard) {
   const v1::GetRequest& request = progress.request;
-  absl::StatusOr<TensorPlan> plan =
-      PlanOf(request, shard.header().shape, shard.header().dtype, env_.max_object_bytes);
+  absl::StatusOr<TensorPlan> plan = PlanOf(request, shard.header().shape, shard.header().keys_only,
+                                           shard.header().dtype, env_.max_object_bytes);
   if (!plan.ok()) {
     return plan.status();
   }

@@ -31,6 +31,7 @@ absl::StatusOr<Coded> EncodeTensor(const Environment& env, const PutDetails& det
   header.shape = details.tensor->shape;
   header.first_token = details.options.first_token;
   header.layer = details.layer;
+  header.keys_only = details.tensor->keys_only;
   coded.meta = MetaOf(header, bytes->size());
   coded.bytes = std::make_shared<const std::string>(*std::move(bytes));
   return coded;
@@ -87,7 +88,8 @@ absl::StatusOr<Accepted<PutDetails>> PutStream::Check(const v1::PutHeader& heade
   }
   accepted.charge_bytes = header.body_bytes();
   if (details.tensor.has_value()) {
-    accepted.charge_bytes += EncodeBytes(details.tensor->shape, details.tensor->dtype);
+    const TensorPlan& tensor = *details.tensor;
+    accepted.charge_bytes += EncodeBytes(tensor.shape, tensor.dtype, tensor.keys_only);
   }
   return accepted;
 }

@@ -34,10 +34,10 @@ TensorLayout ToLayout(const v1::Layout& layout, const TensorShape& shape) {
 }
 
 absl::StatusOr<TensorPlan> Plan(DType dtype, const TensorShape& shape, const v1::Layout& layout,
-                                uint64_t v_offset_bytes) {
+                                bool keys_only, uint64_t v_offset_bytes) {
   KVSHRINK_RETURN_IF_ERROR(CheckLayout(layout, "tensor.layout"));
   KVSHRINK_RETURN_IF_ERROR(ValidateShape(shape));
-  return MakeTensorPlan(dtype, shape, ToLayout(layout, shape), v_offset_bytes, "tensor");
+  return MakeTensorPlan(dtype, shape, ToLayout(layout, shape), keys_only, v_offset_bytes, "tensor");
 }
 
 }  // namespace
@@ -80,7 +80,8 @@ absl::StatusOr<TensorPlan> PlanInput(const v1::TensorSpec& spec, uint64_t body_b
     return dtype.status();
   }
   const TensorShape shape{spec.shape().tokens(), spec.shape().kv_heads(), spec.shape().head_dim()};
-  absl::StatusOr<TensorPlan> plan = Plan(*dtype, shape, spec.layout(), spec.v_offset_bytes());
+  absl::StatusOr<TensorPlan> plan =
+      Plan(*dtype, shape, spec.layout(), spec.keys_only(), spec.v_offset_bytes());
   if (!plan.ok()) {
     return plan.status();
   }
@@ -95,8 +96,9 @@ absl::StatusOr<TensorPlan> PlanInput(const v1::TensorSpec& spec, uint64_t body_b
 }
 
 absl::StatusOr<TensorPlan> PlanOutput(DType dtype, const v1::Layout& layout,
-                                      const TensorShape& shape, uint64_t max_bytes) {
-  absl::StatusOr<TensorPlan> plan = Plan(dtype, shape, layout, 0);
+                                      const TensorShape& shape, bool keys_only,
+                                      uint64_t max_bytes) {
+  absl::StatusOr<TensorPlan> plan = Plan(dtype, shape, layout, keys_only, 0);
   if (plan.ok() && plan->bytes > max_bytes) {
     return absl::InvalidArgumentError(StrCat("the answer's tensor would hold ", plan->bytes,
                                              " bytes with this dtype and layout: "
@@ -118,6 +120,7 @@ void FillTensorSpec(const TensorPlan& plan, v1::Order order, v1::TensorSpec* out
   layout->set_token_stride(plan.layout.token_stride);
   layout->set_head_stride(plan.layout.head_stride);
   out->set_v_offset_bytes(plan.v_offset_bytes);
+  out->set_keys_only(plan.keys_only);
 }
 
 }  // namespace kvshrink::service

@@ -16,9 +16,10 @@ absl::StatusOr<TensorPlan> PlanInput(const v1::TensorSpec& spec, uint64_t body_b
 // The checks of a layout that need no shape. INVALID_ARGUMENT naming the field.
 absl::Status CheckLayout(const v1::Layout& layout, std::string_view field);
 
-// K then V as a caller wants them; at most max_bytes. INVALID_ARGUMENT naming the field.
+// K then V (or K alone) as a caller wants them; at most max_bytes. INVALID_ARGUMENT naming the
+// field.
 absl::StatusOr<TensorPlan> PlanOutput(DType dtype, const v1::Layout& layout,
-                                      const TensorShape& shape, uint64_t max_bytes);
+                                      const TensorShape& shape, bool keys_only, uint64_t max_bytes);
 
 // Describes a plan, strides and all.
 void FillTensorSpec(const TensorPlan& plan, v1::Order order, v1::TensorSpec* out);

@@ -13,6 +13,7 @@ constexpr std::string_view kMagic = "KVC1";
 constexpr size_t kHeaderBytes = 24;
 constexpr size_t kShardBytes = 48;
 constexpr size_t kSealBytes = 8;
+constexpr uint16_t kFlagKeysOnly = 1;
 
 // The seal depends on the key through the seed.
 uint64_t Seal(std::string_view chunk_key, std::string_view bytes) {
@@ -23,7 +24,7 @@ void AppendShard(std::string* out, const ShardRecord& shard) {
   const ShardMeta& meta = shard.meta;
   AppendLittleEndian(out, meta.profile);
   AppendLittleEndian(out, meta.dtype);
-  AppendLittleEndian(out, uint16_t{0});
+  AppendLittleEndian(out, meta.keys_only ? kFlagKeysOnly : uint16_t{0});
   AppendLittleEndian(out, meta.tokens);
   AppendLittleEndian(out, meta.kv_heads);
   AppendLittleEndian(out, meta.head_dim);
@@ -37,17 +38,19 @@ void AppendShard(std::string* out, const ShardRecord& shard) {
 absl::Status TakeShard(std::string_view* in, uint32_t layer, ShardRecord* shard) {
   ShardMeta& meta = shard->meta;
   meta.layer = layer;
-  uint16_t zero16 = 0;
+  uint16_t flags = 0;
   uint32_t zero32 = 0;
   const bool complete = TakeLittleEndian(in, &meta.profile) && TakeLittleEndian(in, &meta.dtype) &&
-                        TakeLittleEndian(in, &zero16) && TakeLittleEndian(in, &meta.tokens) &&
+                        TakeLittleEndian(in, &flags) && TakeLittleEndian(in, &meta.tokens) &&
                         TakeLittleEndian(in, &meta.kv_heads) &&
                         TakeLittleEndian(in, &meta.head_dim) &&
                         TakeLittleEndian(in, &meta.first_token) && TakeLittleEndian(in, &zero32) &&
                         TakeLittleEndian(in, &meta.raw_bytes) &&
                         TakeLittleEndian(in, &meta.bytes) && TakeLittleEndian(in, &shard->checksum);
   if (!complete) return BadStored("size", in->size(), "the shard's entry is cut");
-  if (zero16 != 0 || zero32 != 0) return BadStored("reserved", zero32, "must be 0");
+  if (flags > kFlagKeysOnly) return BadStored("flags", flags, "must be 0 or 1");
+  meta.keys_only = flags == kFlagKeysOnly;
+  if (zero32 != 0) return BadStored("reserved", zero32, "must be 0");
   if (meta.raw_bytes > kMaxRawBytes) return BadStored("raw_bytes", meta.raw_bytes, "is too large");
   if (meta.bytes == 0 || meta.bytes > kMaxShardBytes) {
     return BadStored("bytes", meta.bytes, absl::StrCat("must be 1..", kMaxShardBytes));

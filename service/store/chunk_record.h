@@ -37,8 +37,8 @@ uint64_t Checksum(std::string_view bytes);
 // Bytes of a record, sealed by a checksum over them and `chunk_key` (any encoding of the chunk's
 // identity): a record found under another key is not taken for that key's. Little-endian:
 //   "KVC1"; u32 layers; u64 serial; i64 created_unix_ms;
-//   per layer 48 bytes: u8 profile, u8 dtype, u16 zero, u32 tokens, u32 kv_heads, u32 head_dim, u32
-//   first_token, u32 zero,
+//   per layer 48 bytes: u8 profile, u8 dtype, u16 flags (bit 0: keys only), u32 tokens, u32
+//   kv_heads, u32 head_dim, u32 first_token, u32 zero,
 //                       u64 raw_bytes, u64 bytes, u64 checksum;
 //   u64 checksum of all before.
 std::string EncodeRecord(std::string_view chunk_key, const ChunkRecord& record);

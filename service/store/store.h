@@ -36,6 +36,7 @@ struct ShardMeta {
   uint32_t kv_heads = 0;
   uint32_t head_dim = 0;
   uint32_t first_token = 0;
+  bool keys_only = false;
   uint64_t raw_bytes = 0;
   uint64_t bytes = 0;
 

@@ -34,7 +34,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   for (const client::TraceLayer& layer : trace->layers()) {
     RequireInside(bytes, layer.k);
-    RequireInside(bytes, layer.v);
+    if (layer.v) {
+      RequireInside(bytes, *layer.v);
+    }
   }
   return 0;
 }

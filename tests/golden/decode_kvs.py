@@ -4,7 +4,7 @@
 It shares no code with the C++ library, so that the two can be held against each other. kvs_shard.py is the structure
 and its checks, kvs_blocks.py the values, kvs_file.py the container.
 
-    decode_kvs.py IN.kvs OUT.safetensors|OUT.npz   layer.{i}.k and layer.{i}.v, float32 [tokens, kv_heads, head_dim]
+    decode_kvs.py IN.kvs OUT.safetensors|OUT.npz   layer.{i}.k and layer.{i}.v (where there is V), float32 [tokens, kv_heads, head_dim]
     decode_kvs.py IN.kvs --json                    headers, sizes and blocks
 
 IN is a bare shard or a .kvs file. As a module: decode_shard(bytes) gives K, V and the header, decode_file(bytes) those
@@ -40,7 +40,7 @@ def describe(data: bytes | memoryview, preview: bool) -> dict[str, Any]:
         "bytes": len(data),
         "preview_bytes": shard.preview_bytes,
         "rope": None if shard.rope is None else dataclasses.asdict(shard.rope),
-        "bits_per_entry": 8 * len(data) / (decoded.k.size + decoded.v.size),
+        "bits_per_entry": 8 * len(data) / (shard.header.kinds * decoded.k.size),
         "blocks": [
             {
                 "kind": "kv"[block.kind],
@@ -57,13 +57,20 @@ def describe(data: bytes | memoryview, preview: bool) -> dict[str, Any]:
     }
 
 
+def name_arrays(layer: int, k: Output, v: Output | None) -> dict[str, Output]:
+    named = {f"layer.{layer}.k": k}
+    return named if v is None else {**named, f"layer.{layer}.v": v}
+
+
 def decode_bytes(data: bytes, low_rank: bool = False) -> tuple[dict[str, Output], dict[str, str]]:
     """Arrays by name (layer.{i}.k, layer.{i}.v) and metadata, of a bare shard or a .kvs file."""
     if data[:4] == b"KVS1":
         k, v, header = decode_shard(data, low_rank)
-        return {f"layer.{header.layer}.k": k, f"layer.{header.layer}.v": v}, {}
+        return name_arrays(header.layer, k, v), {}
     file, layers = decode_file(data, low_rank)
-    arrays = {f"layer.{i}.{kind}": array for i, kv in layers.items() for kind, array in zip("kv", kv, strict=True)}
+    arrays: dict[str, Output] = {}
+    for layer, (k, v) in layers.items():
+        arrays |= name_arrays(layer, k, v)
     return arrays, file.metadata
 
 

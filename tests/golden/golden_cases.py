@@ -59,6 +59,8 @@ CASES: dict[str, Case] = {
     "rate_2.5": Case("layers", ("--profile", "kvs2", "--bits", "2.5")),
     "slots": Case("layers", ("--profile", "kvs2", "--bits", "2.7", "--fixed-size")),
     "not_finite": Case("not_finite", ("--profile", "kvs2")),
+    "mla_latent_kvs2": Case("mla_latent", ("--profile", "kvs2")),
+    "mla_rotary_fp8": Case("mla_rotary", ("--profile", "fp8")),
 }
 
 
@@ -146,6 +148,8 @@ def sources() -> dict[str, tuple[str, dict[str, Array]]]:
         "fp8_48": ("F8_E4M3", {"layer.0.k": fp8[0], "layer.0.v": fp8[1]}),
         "flat": ("F16", flat()),
         "not_finite": ("F16", not_finite()),
+        "mla_latent": ("BF16", {"layer.5.k": bf16_bits(with_context(60, 133, 1, 512))}),
+        "mla_rotary": ("BF16", {"layer.5.k": bf16_bits(with_context(70, 133, 1, 64))}),
     }
 
 

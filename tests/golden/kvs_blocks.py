@@ -221,19 +221,19 @@ def coded_rows(shard: Shard, block: Block, low_rank: bool) -> Output:
 
 class Decoded(NamedTuple):
     k: Output  # [tokens, kv_heads, head_dim]
-    v: Output
+    v: Output | None  # None: a shard of keys only
     header: Header
 
 
 def decode_shard(data: bytes | memoryview, low_rank: bool = False) -> Decoded:
-    """K and V of a shard. With low_rank, `data` may be a preview: raw rows and the low-rank part only, the rest 0."""
+    """K and V of a shard (K alone of one of keys only). With low_rank, `data` may be a preview: raw rows and the low-rank part only, the rest 0."""
     return decode_parsed(parse_shard(data, allow_preview=low_rank), low_rank)
 
 
 def decode_parsed(shard: Shard, low_rank: bool = False) -> Decoded:
     header = shard.header
     dtype = DTYPES.index(header.dtype)
-    out = np.zeros((2, header.tokens, header.kv_heads, header.head_dim), np.float32)
+    out = np.zeros((header.kinds, header.tokens, header.kv_heads, header.head_dim), np.float32)
     for block in shard.blocks:
         rows = out[block.kind, block.first_row : block.first_row + block.n, block.head]
         split = block.n - block.m
@@ -246,4 +246,4 @@ def decode_parsed(shard: Shard, low_rank: bool = False) -> Decoded:
             if shard.rope is not None and block.kind == 0:
                 coded = embed(shard.rope, header.first_token + block.first_row + split, coded)
             rows[split:] = coded
-    return Decoded(out[0], out[1], header)
+    return Decoded(out[0], None if header.keys_only else out[1], header)

@@ -46,7 +46,7 @@ class KvsFile:
 
 class LayerTensors(NamedTuple):
     k: Output  # [tokens of all chunks, kv_heads, head_dim]
-    v: Output
+    v: Output | None  # None: keys only
 
 
 def read_directory(data: memoryview, chunks: int, layers: int, shards_start: int) -> list[Entry]:
@@ -127,6 +127,12 @@ def check_agreement(
         for field in ("dtype", "kv_heads", "head_dim"):
             given, expected = getattr(header, field), getattr(first, field)
             require(given == expected, field, given, f"is {expected} in chunk 0")
+        require(header.keys_only == first.keys_only, "flags", int(header.keys_only), "differ from those in chunk 0")
+
+
+def join(pieces: list[LayerTensors]) -> LayerTensors:
+    values = [piece.v for piece in pieces if piece.v is not None]
+    return LayerTensors(np.concatenate([piece.k for piece in pieces]), np.concatenate(values) if values else None)
 
 
 def decode_file(data: bytes | memoryview, low_rank: bool = False) -> tuple[KvsFile, dict[int, LayerTensors]]:
@@ -145,8 +151,4 @@ def decode_file(data: bytes | memoryview, low_rank: bool = False) -> tuple[KvsFi
         of_chunk = header
         first.setdefault(entry.layer, header)
         parts[entry.layer].append(LayerTensors(k, v))
-    joined = {
-        layer: LayerTensors(np.concatenate([p.k for p in pieces]), np.concatenate([p.v for p in pieces]))
-        for layer, pieces in parts.items()
-    }
-    return file, joined
+    return file, {layer: join(pieces) for layer, pieces in parts.items()}

@@ -21,7 +21,8 @@ Bytes = npt.NDArray[np.uint8]
 
 HEADER_BYTES = 96
 BLOCK_TOKENS = 128
-MAX_ENTRIES = 1 << 28
+MAX_ENTRIES = 1 << 27
+FLAG_KEYS_ONLY = 1
 
 PROFILES = ("raw", "fp8", "tq2", "tq3", "tq4", "eoptshrinkq2", "kvs2", "kvs3", "kvs4")
 FAMILIES = ("raw", "fp8", "tq", "tq", "tq", "eoptshrinkq", "kvs", "kvs", "kvs")
@@ -48,7 +49,7 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Section 3, without magic, version, flags and checksums."""
+    """Section 3, without magic, version and checksums."""
 
     profile: str
     family: str
@@ -58,6 +59,7 @@ class Header:
     tokens: int
     first_token: int
     layer: int
+    keys_only: bool
     raw_rows: int
     low_bytes: int
     scales_bytes: int
@@ -65,12 +67,16 @@ class Header:
     padded: bool
 
     @property
+    def kinds(self) -> int:
+        return 1 if self.keys_only else 2
+
+    @property
     def blocks_per_head(self) -> int:
         return ceil_div(self.tokens, BLOCK_TOKENS)
 
     @property
     def blocks(self) -> int:
-        return 2 * self.kv_heads * self.blocks_per_head
+        return self.kinds * self.kv_heads * self.blocks_per_head
 
 
 class Block(NamedTuple):
@@ -117,16 +123,16 @@ def read_header(data: bytes | memoryview) -> tuple[Header, dict[str, int]]:
     require(1 <= head_dim <= 512, "head_dim", head_dim, "must be 1..512")
     require(1 <= kv_heads <= 256, "kv_heads", kv_heads, "must be 1..256")
     require(1 <= tokens <= 65536, "tokens", tokens, "must be 1..65536")
-    entries = 2 * tokens * kv_heads * head_dim
+    entries = tokens * kv_heads * head_dim
     require(entries <= MAX_ENTRIES, "entries", entries, f"must be at most {MAX_ENTRIES}")
     require(first_token + tokens < 1 << 31, "first_token", first_token, "first_token + tokens must be below 2^31")
     require(layer <= 4095, "layer", layer, "must be 0..4095")
-    require(flags & ~FLAG_PADDED == 0, "flags", flags, "only bit 1 may be set")
+    require(flags & ~(FLAG_KEYS_ONLY | FLAG_PADDED) == 0, "flags", flags, "only bits 0 and 1 may be set")
     require(raw_rows <= tokens, "raw_rows", raw_rows, f"must be at most tokens ({tokens})")
     require(ext_bytes % 8 == 0 and ext_bytes <= 4096, "ext_bytes", ext_bytes, "must be a multiple of 8, at most 4096")
     header = Header(
-        PROFILES[profile], FAMILIES[profile], DTYPES[dtype], head_dim, kv_heads, tokens, first_token, layer, raw_rows,
-        low_bytes, scales_bytes, codes_bytes, bool(flags & FLAG_PADDED),
+        PROFILES[profile], FAMILIES[profile], DTYPES[dtype], head_dim, kv_heads, tokens, first_token, layer,
+        bool(flags & FLAG_KEYS_ONLY), raw_rows, low_bytes, scales_bytes, codes_bytes, bool(flags & FLAG_PADDED),
     )  # fmt: skip
     checks = dict(zip(("index", "low", "scales", "codes"), checksums[:4], strict=True))
     return header, {**checks, "ext_bytes": ext_bytes}
@@ -137,7 +143,8 @@ def rows_of_blocks(header: Header) -> tuple[Ints, Ints]:
     first = np.arange(header.blocks_per_head) * BLOCK_TOKENS
     n = np.minimum(BLOCK_TOKENS, header.tokens - first)
     m = n - np.clip(header.raw_rows - first, 0, n)
-    return np.tile(n, 2 * header.kv_heads), np.tile(m, 2 * header.kv_heads)
+    heads = header.kinds * header.kv_heads
+    return np.tile(n, heads), np.tile(m, heads)
 
 
 INDEX_ENTRY = np.dtype(

@@ -74,10 +74,11 @@ def test_the_files_are_those_of_the_manifest() -> None:
 
 
 def test_every_feature_of_the_format_is_in_a_golden_file() -> None:
-    seen: dict[str, set[Any]] = {key: set() for key in ("profile", "dtype", "code", "rank", "rows", "raw_rows", "rope")}
+    features = ("profile", "dtype", "code", "rank", "rows", "raw_rows", "keys_only", "rope")
+    seen: dict[str, set[Any]] = {key: set() for key in features}
     for name in CASES:
         for shard in describe_bytes((DATA / f"{name}.kvs").read_bytes(), False)["shards"]:
-            for key in ("profile", "dtype", "raw_rows"):
+            for key in ("profile", "dtype", "raw_rows", "keys_only"):
                 seen[key].add(shard[key])
             if shard["rope"] is not None:
                 seen["rope"] |= {shard["rope"]["scaling"], shard["rope"]["gptj"]}
@@ -91,6 +92,7 @@ def test_every_feature_of_the_format_is_in_a_golden_file() -> None:
     assert seen["rank"] == {0, 1, 2}
     assert {1, 128} <= seen["rows"]
     assert {"none", "llama3", False, True} <= seen["rope"]
+    assert seen["keys_only"] == {False, True}
     assert {0, 1, 4} <= seen["raw_rows"]
 
 

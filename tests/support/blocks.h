@@ -108,7 +108,8 @@ inline absl::StatusOr<Decoded> DecodeAll(const Backend& backend, std::string_vie
     return shard.status();
   }
   const bool keys_only = shard->header().keys_only;
-  Decoded decoded{Zeros(shard->header().shape), keys_only ? Tensor() : Zeros(shard->header().shape)};
+  Decoded decoded{Zeros(shard->header().shape),
+                  keys_only ? Tensor() : Zeros(shard->header().shape)};
   const absl::Status status =
       DecodeShard(backend, *shard, form, decoded.k.MutableView(),
                   keys_only ? std::nullopt : std::optional(decoded.v.MutableView()));

@@ -148,19 +148,19 @@ TEST(Executor, RefusesBeyondItsCapacityAndRunsWhatItTook) {
 TEST(TensorPlan, CountsPackedAndPaddedBytes) {
   const TensorShape shape{4, 2, 8};
   const TensorPlan packed =
-      MakeTensorPlan(DType::kFp16, shape, LayoutThd(shape), 0, "tensor").value();
+      MakeTensorPlan(DType::kFp16, shape, LayoutThd(shape), false, 0, "tensor").value();
   EXPECT_EQ(packed.bytes, 2U * 4 * 2 * 8 * 2);
   EXPECT_EQ(packed.max_bytes, packed.bytes);
   EXPECT_EQ(packed.v_offset_bytes, packed.bytes / 2);
   // Rows of 20 elements where 16 are used: the last row's padding may be there or not.
   const TensorPlan padded =
-      MakeTensorPlan(DType::kFp16, shape, {0, 0, 20, 8}, 200, "tensor").value();
+      MakeTensorPlan(DType::kFp16, shape, {0, 0, 20, 8}, false, 200, "tensor").value();
   EXPECT_EQ(padded.bytes, 200 + 2 * (3 * 20 + 16));
   EXPECT_EQ(padded.max_bytes, 200 + 2 * 4 * 20);
   // Three tokens in pages of two: the last page is half full.
   const TensorShape three{3, 2, 8};
   const TensorPlan paged =
-      MakeTensorPlan(DType::kFp32, three, LayoutBnhd(three, 2), 0, "tensor").value();
+      MakeTensorPlan(DType::kFp32, three, LayoutBnhd(three, 2), false, 0, "tensor").value();
   EXPECT_EQ(paged.max_bytes - paged.bytes, 16U * 4);
 }
 
@@ -168,14 +168,15 @@ TEST(TensorPlan, TakesPagesThatHoldKeysAndValues) {
   // [B,2,N,H,D] with N = 2, H = 2, D = 8: pages of 64 elements, K in the first half, V in the
   // second.
   const TensorShape shape{4, 2, 8};
-  const TensorPlan plan = MakeTensorPlan(DType::kFp16, shape, {2, 64, 16, 8}, 64, "tensor").value();
+  const TensorPlan plan =
+      MakeTensorPlan(DType::kFp16, shape, {2, 64, 16, 8}, false, 64, "tensor").value();
   EXPECT_EQ(plan.bytes, 2U * 64 * 2);
 }
 
 TEST(TensorPlan, RefusesWhatDoesNotFit) {
   const TensorShape shape{4, 2, 8};
   const auto message = [&shape](const TensorLayout& layout, uint64_t v_offset) {
-    return MessageOf(MakeTensorPlan(DType::kFp16, shape, layout, v_offset, "t").status());
+    return MessageOf(MakeTensorPlan(DType::kFp16, shape, layout, false, v_offset, "t").status());
   };
   EXPECT_THAT(message({0, 0, 15, 8}, 0), HasSubstr("t.layout.token_stride' is 15"));
   EXPECT_THAT(message({0, 0, 16, 7}, 0), HasSubstr("t.layout.head_stride' is 7"));

@@ -35,7 +35,7 @@ from kvshrink.v1 import kvshrink_pb2 as pb
 from kvshrink.v1 import kvshrink_pb2_grpc
 
 Form = Literal["shard", "decoded", "low_rank"]
-Layer = tuple[Array, Array]
+Layer = tuple[Array, Array | None]  # K and V; None: keys only
 Answers = list[Answer]  # the name list is a method of the class
 PutResults = list[PutResult]
 _FORMS = {"shard": pb.GET_FORM_SHARD, "decoded": pb.GET_FORM_DECODED, "low_rank": pb.GET_FORM_LOW_RANK}
@@ -89,6 +89,7 @@ class Client:
         profile: str | None = None,
         first_token: int = 0,
         raw_tokens: int | None = None,
+        raw_layers: int = 0,
         max_relative_error: float = 0.0,
         bits_per_entry: float = 0.0,
         fixed_size: bool = False,
@@ -97,19 +98,21 @@ class Client:
         tokens: int | None = None,
         commit: bool = True,
     ) -> PutResults:
-        """Compresses and stores a chunk: (K, V) of layer 0, 1, ... .
+        """Compresses and stores a chunk: (K, V) of layer 0, 1, ... . V is None where a layer has keys only (MLA).
 
         `layers` may be a generator that yields while prefill goes on; then give `layer_count`. Arrays lie as `layout`
         says; `tokens` is needed for paged layouts whose last page isn't full. `bits_per_entry` is a rate that every
         shard keeps to, every byte counted; with `fixed_size` all shards of a shape have its size. `rope` is what K
-        carries, for all layers or one for each. With commit=False the chunk stays invisible until `commit`.
+        carries, for all layers or one for each. The first and the last `raw_layers` layers take the profile raw,
+        and no rate. With commit=False the chunk stays invisible until `commit`.
         """
         encode = messages.encode_spec(profile, first_token, raw_tokens, max_relative_error, bits_per_entry, fixed_size)
+        raw = messages.encode_spec("raw", first_token, raw_tokens, 0.0, 0.0, False)
 
         def jobs(count: int) -> Iterator[Job]:
             for i, (k, v) in enumerate(layers):
                 tensor, body = tensors.pack_kv(k, v, layout, tokens, f"layers[{i}]")
-                spec = messages.with_rope(encode, rope, i)
+                spec = raw if messages.is_raw(i, count, raw_layers) else messages.with_rope(encode, rope, i)
                 header = pb.PutHeader(
                     chunk=messages.chunk_id(namespace, key), layer=i, layers=count, tensor=tensor, encode=spec
                 )

@@ -44,6 +44,13 @@ def encode_spec(
     )
 
 
+def is_raw(layer: int, layers: int, raw_layers: int) -> bool:
+    """Whether a layer is one of the first or last that are kept as they are."""
+    if raw_layers < 0:
+        raise InvalidArgument(f"argument 'raw_layers' is {raw_layers}: must not be negative")
+    return layer < raw_layers or layers - layer <= raw_layers
+
+
 def with_rope(encode: types.EncodeSpec, ropes: Ropes, layer: int) -> types.EncodeSpec:
     rope = of_layer(ropes, layer)
     if rope is None:

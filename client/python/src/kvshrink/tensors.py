@@ -74,17 +74,17 @@ def _shape(array: Array, layout: str, tokens: int | None) -> tuple[types.Shape, 
 
 
 def pack_kv(
-    k: Array, v: Array, layout: str, tokens: int | None, argument: str
+    k: Array, v: Array | None, layout: str, tokens: int | None, argument: str
 ) -> tuple[types.TensorSpec, list[memoryview]]:
-    """Spec and body of a layer: K, then V. `argument` names the layer in errors."""
+    """Spec and body of a layer: K, then V unless that is None. `argument` names the layer in errors."""
     if layout not in _AXES:
         raise InvalidArgument(f"argument 'layout' is {layout!r}: must be one of {', '.join(_AXES)}")
     dtype = array_dtype(k, f"{argument}.k")
-    if array_dtype(v, f"{argument}.v") != dtype:
+    if v is not None and array_dtype(v, f"{argument}.v") != dtype:
         raise InvalidArgument(f"argument '{argument}.v' has dtype {v.dtype}: that of k is {k.dtype}")
     if k.ndim != _AXES[layout]:
         raise InvalidArgument(f"argument '{argument}.k' has shape {k.shape}: {layout} has {_AXES[layout]} axes")
-    if v.shape != k.shape:
+    if v is not None and v.shape != k.shape:
         raise InvalidArgument(f"argument '{argument}.v' has shape {v.shape}: that of k is {k.shape}")
     if k.size == 0:
         raise InvalidArgument(f"argument '{argument}.k' has shape {k.shape}: must not be empty")
@@ -93,13 +93,14 @@ def pack_kv(
         dtype=dtype,
         shape=shape,
         layout=types.Layout(order=f"ORDER_{layout}", page_tokens=page_tokens),
+        keys_only=v is None,
     )
     size = extent * k.dtype.itemsize
-    return spec, [array_bytes(k)[:size], array_bytes(v)[:size]]
+    return spec, [array_bytes(array)[:size] for array in (k, v) if array is not None]
 
 
-def unpack_kv(spec: types.TensorSpec, body: bytes) -> tuple[Array, Array]:
-    """K and V of a decoded answer, as read-only arrays over its bytes."""
+def unpack_kv(spec: types.TensorSpec, body: bytes) -> tuple[Array, Array | None]:
+    """K and V (None: keys only) of a decoded answer, as read-only arrays over its bytes."""
     dtype = _NUMPY.get(spec.dtype)
     if dtype is None:
         raise DataLoss(f"field 'tensor.dtype' is {spec.dtype}: is not known to this client")
@@ -109,8 +110,12 @@ def unpack_kv(spec: types.TensorSpec, body: bytes) -> tuple[Array, Array]:
         raise DataLoss(f"field 'tensor.layout.order' is {order}: was not asked for")
     shape = (h, t, d) if order == types.ORDER_HTD else (t, h, d)
     size = math.prod(shape) * dtype.itemsize
-    if len(body) != 2 * size or spec.v_offset_bytes not in (0, size):
-        raise DataLoss(f"field 'body_bytes' is {len(body)}: K and V of shape {shape} are {2 * size}")
+    expected, offsets = (size, (0,)) if spec.keys_only else (2 * size, (0, size))
+    if len(body) != expected or spec.v_offset_bytes not in offsets:
+        what = "K" if spec.keys_only else "K and V"
+        raise DataLoss(f"field 'body_bytes' is {len(body)}: {what} of shape {shape} are {expected}")
     k = np.frombuffer(body, dtype, math.prod(shape), 0).reshape(shape)
+    if spec.keys_only:
+        return k, None
     v = np.frombuffer(body, dtype, math.prod(shape), size).reshape(shape)
     return k, v

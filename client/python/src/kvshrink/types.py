@@ -67,11 +67,11 @@ class ShardStats:
     encoded_bytes: int
     bits_per_entry: float
     k: KindStats
-    v: KindStats
+    v: KindStats | None  # None: keys only
 
     @classmethod
     def from_proto(cls, m: types.ShardStats) -> ShardStats:
-        k, v = KindStats.from_proto(m.k), KindStats.from_proto(m.v)
+        k, v = KindStats.from_proto(m.k), KindStats.from_proto(m.v) if m.HasField("v") else None
         return cls(m.raw_bytes, m.encoded_bytes, m.bits_per_entry, k, v)
 
 
@@ -85,6 +85,7 @@ class ShardInfo:
     head_dim: int
     first_token: int
     bytes: int
+    keys_only: bool = False
 
     @classmethod
     def from_proto(cls, m: types.ShardInfo) -> ShardInfo:
@@ -97,6 +98,7 @@ class ShardInfo:
             m.shape.head_dim,
             m.first_token,
             m.bytes,
+            m.keys_only,
         )
 
 
@@ -124,7 +126,7 @@ class Compressed:
 @dataclasses.dataclass(frozen=True)
 class Decompressed:
     k: Array
-    v: Array
+    v: Array | None  # None: keys only
     info: ShardInfo
 
 
@@ -137,7 +139,7 @@ class Fetched:
     info: ShardInfo | None
     tier: str
     shard: bytes | None = None
-    tensors: tuple[Array, Array] | None = None
+    tensors: tuple[Array, Array | None] | None = None
     error: KVShrinkError | None = None
 
     @property
@@ -145,10 +147,11 @@ class Fetched:
         return self._tensors()[0]
 
     @property
-    def v(self) -> Array:
+    def v(self) -> Array | None:
+        """None: keys only."""
         return self._tensors()[1]
 
-    def _tensors(self) -> tuple[Array, Array]:
+    def _tensors(self) -> tuple[Array, Array | None]:
         if self.error is not None:
             raise self.error
         if self.tensors is None:

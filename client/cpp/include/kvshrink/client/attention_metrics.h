@@ -22,7 +22,8 @@ struct Queries {
   uint32_t first_position = 0;
 };
 
-// Keys and values of a layer, [tokens, kv_heads, head_dim] each.
+// Keys and values of a layer, [tokens, kv_heads, head_dim] each; no values where the layer has
+// none.
 struct KeysValues {
   TensorShape shape;
   std::span<const float> k;
@@ -35,6 +36,7 @@ struct AttentionErrors {
   uint64_t logits = 0;
   double output_error_energy = 0;  // of the change of the attention outputs
   double output_energy = 0;        // of the exact ones
+  uint64_t outputs = 0;            // queries x heads of layers that have values
   double kl_nats = 0;              // sum of KL(p, p^) of the attention weights
   uint64_t rows = 0;               // queries x heads
 
@@ -54,7 +56,7 @@ absl::StatusOr<AttentionErrors> MeasureAttention(const KeysValues& exact, const 
 struct ExactAttention {
   // [queries, q_heads, tokens]; -inf where the query doesn't see the key.
   std::vector<double> logits;
-  std::vector<double> output;  // [queries, q_heads, head_dim]
+  std::vector<double> output;  // [queries, q_heads, head_dim]; empty without values
 };
 absl::StatusOr<ExactAttention> ComputeAttention(const KeysValues& exact, const Queries& queries,
                                                 double scale, int threads);

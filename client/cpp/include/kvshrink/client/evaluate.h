@@ -12,7 +12,7 @@
 
 namespace kvshrink::client {
 
-// K or V of all blocks of a trace.
+// K or V of all blocks of a trace; no entries for the V of a trace of keys only.
 struct KindEvaluation {
   uint64_t bytes = 0;  // of its sections, and half of what both kinds share
   uint64_t entries = 0;

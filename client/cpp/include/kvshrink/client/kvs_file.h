@@ -32,7 +32,7 @@ struct KvsEntry {
 };
 
 // What the shards of a file must agree on, shown to it in file order: layers with the directory,
-// positions within and between chunks, dtype and sizes within a layer.
+// positions within and between chunks, dtype, sizes and V (or none) within a layer.
 class KvsAgreement {
  public:
   explicit KvsAgreement(std::vector<uint32_t> layers);

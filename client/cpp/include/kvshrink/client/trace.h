@@ -1,5 +1,6 @@
 // Traces: keys, values and queries of a model run, in a safetensors file.
-//   layer.{i}.k, layer.{i}.v  [tokens, kv_heads, head_dim]        F16, BF16, F32 or F8_E4M3
+//   layer.{i}.k, layer.{i}.v  [tokens, kv_heads, head_dim]        F16, BF16, F32 or F8_E4M3; a
+//   layer may have keys only (MLA)
 //   layer.{i}.q               [tail tokens, q_heads, head_dim]    optional: queries of the last
 //   tokens
 // Layer numbers may be sparse. Metadata `scale`, `raw_tokens` and `rope_*` (layer_ropes.h) are
@@ -33,8 +34,11 @@ struct TraceQueries {
 
 struct TraceLayer {
   uint32_t layer = 0;
-  ConstTensor k, v;  // [T,H,D], views of the file
+  ConstTensor k;  // [T,H,D], a view of the file
+  std::optional<ConstTensor> v;
   std::optional<TraceQueries> q;
+
+  uint64_t entries() const { return (v ? 2 : 1) * uint64_t{k.shape.entries()}; }  // of K and V
 };
 
 class Trace {
@@ -70,6 +74,8 @@ class Trace {
 
 // Rows [first, first + count) of a [T,H,D] tensor, as a tensor of its own.
 ConstTensor TokenRange(const ConstTensor& tensor, uint32_t first, uint32_t count);
+std::optional<ConstTensor> TokenRange(const std::optional<ConstTensor>& tensor, uint32_t first,
+                                      uint32_t count);
 
 // "F16", "BF16", "F32", "F8_E4M3".
 std::string_view SafetensorsDtype(DType dtype);
@@ -85,13 +91,16 @@ class TraceWriter {
     uint32_t layer = 0;
     DType dtype = DType::kFp16;
     TensorShape shape;  // tokens of the whole run
+    bool keys_only = false;
+
+    uint64_t entries() const { return (keys_only ? 1 : 2) * uint64_t{shape.entries()}; }
   };
 
   static absl::StatusOr<TraceWriter> Create(const std::string& path, const Metadata& metadata,
                                             std::span<const Layer> layers);
-  // Packed [T,H,D] rows of K and V from token `first_token` of the run on; `index` counts the
-  // layers as given.
-  absl::Status Write(size_t index, uint32_t first_token, std::string_view k, std::string_view v);
+  // `values`: packed [T,H,D] rows of K from token `first_token` of the run on, then as many of V
+  // where the layer has it; `index` counts the layers as given.
+  absl::Status Write(size_t index, uint32_t first_token, std::string_view values);
   absl::Status Finish() { return writer_.Finish(); }
 
  private:
@@ -99,6 +108,7 @@ class TraceWriter {
 
   SafetensorsWriter writer_;
   std::vector<Layer> layers_;
+  std::vector<size_t> first_tensor_;  // K of each layer
 };
 
 }  // namespace kvshrink::client

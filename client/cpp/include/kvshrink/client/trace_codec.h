@@ -28,10 +28,15 @@ struct CodingSettings {
   bool fixed_size = false;        // shards padded to the target's size
   // What K carries, by the trace's layer numbers. Absent: what the trace says.
   std::optional<LayerRopes> ropes;
+  // So many first and so many last layers of the trace take the profile `raw`, and no rate target.
+  uint32_t raw_layers = 0;
 };
 
 uint32_t RawTokens(const CodingSettings& settings, const Trace& trace);
 const LayerRopes& RopesOf(const CodingSettings& settings, const Trace& trace);
+
+// Whether a layer, by its place among `layers`, is one of settings.raw_layers.
+bool IsRawLayer(const CodingSettings& settings, size_t place, size_t layers);
 
 struct TokenSpan {
   uint32_t first_token = 0;
@@ -89,7 +94,7 @@ absl::StatusOr<DecodedFile> DecodeFile(const Backend& backend, const KvsFile& fi
                                        std::optional<DType> dtype, const std::string& path,
                                        const ProgressFn& progress);
 
-// K, then V of a shard, packed [T,H,D] each.
+// K, then V where there is V, of a shard, packed [T,H,D] each.
 absl::StatusOr<std::string> DecodeToBytes(const Backend& backend, const Shard& shard,
                                           DecodeForm form, DType dtype);
 

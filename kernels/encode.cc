@@ -116,9 +116,8 @@ class ShardEncoder {
 
   // Of a shard with a fixed size; else 0.
   uint64_t slot_bytes() const {
-    return header_.padded
-               ? ShardBytesAt(header_.shape, options_.bits_per_entry, header_.keys_only)
-               : 0;
+    return header_.padded ? ShardBytesAt(header_.shape, options_.bits_per_entry, header_.keys_only)
+                          : 0;
   }
 
   void ForEachBatch(absl::FunctionRef<void(size_t)> body) {

@@ -182,8 +182,7 @@ absl::StatusOr<std::vector<BlockPlan>> PlanForRate(const ShardHeader& header,
   }
   const uint64_t budget = ShardBytesAt(header.shape, bits_per_entry, header.keys_only);
   if (least > budget) {
-    const double needed =
-        8 * static_cast<double>(least) / static_cast<double>(header.entries());
+    const double needed = 8 * static_cast<double>(least) / static_cast<double>(header.entries());
     return BadArgument("bits_per_entry", bits_per_entry,
                        StrCat("layer ", header.layer, " needs at least ", needed));
   }

@@ -36,7 +36,7 @@ void DecodeAndAttend(const Backend& backend, const Shard& shard) {
   const MutableTensor v_out{reinterpret_cast<std::byte*>(v.data()), DType::kFp32, shape,
                             LayoutThd(shape)};
   const DecodeForm form = shard.preview() ? DecodeForm::kLowRank : DecodeForm::kFull;
-  const absl::Status status = 
+  const absl::Status status =
       DecodeShard(backend, shard, form, k_out, keys_only ? std::nullopt : std::optional(v_out));
   Require(status.ok() || status.code() == absl::StatusCode::kDataLoss);
   if (!status.ok() || shard.preview()) {

@@ -4,7 +4,8 @@
 It shares no code with the C++ library, so that the two can be held against each other. kvs_shard.py is the structure
 and its checks, kvs_blocks.py the values, kvs_file.py the container.
 
-    decode_kvs.py IN.kvs OUT.safetensors|OUT.npz   layer.{i}.k and layer.{i}.v (where there is V), float32 [tokens, kv_heads, head_dim]
+    decode_kvs.py IN.kvs OUT.safetensors|OUT.npz   layer.{i}.k and (where there is V) layer.{i}.v, float32
+                                                   [tokens, kv_heads, head_dim]
     decode_kvs.py IN.kvs --json                    headers, sizes and blocks
 
 IN is a bare shard or a .kvs file. As a module: decode_shard(bytes) gives K, V and the header, decode_file(bytes) those

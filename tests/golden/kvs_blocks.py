@@ -226,7 +226,10 @@ class Decoded(NamedTuple):
 
 
 def decode_shard(data: bytes | memoryview, low_rank: bool = False) -> Decoded:
-    """K and V of a shard (K alone of one of keys only). With low_rank, `data` may be a preview: raw rows and the low-rank part only, the rest 0."""
+    """K and V (None: keys only) of a shard.
+
+    With low_rank, `data` may be a preview: raw rows and the low-rank part only, the rest 0.
+    """
     return decode_parsed(parse_shard(data, allow_preview=low_rank), low_rank)
 
 

@@ -112,6 +112,7 @@ def test_kvs_block(code: int, d: int, n: int, raw_rows: int) -> None:
     made = kvs_shard(code, d, n, raw_rows, exponent=-3, parts=[(3, 5), (2, 8)][: min(n, d)])
     decoded = decode_shard(made.shard)
     np.testing.assert_allclose(decoded.k, made.k, rtol=1e-6, atol=1e-6)
+    assert decoded.v is not None
     assert not decoded.v[raw_rows:].any()
     low = decode_shard(made.shard, low_rank=True)
     np.testing.assert_allclose(low.k, made.low, rtol=1e-6, atol=1e-6)
@@ -176,8 +177,18 @@ def test_blocks_are_placed_by_kind_head_and_number() -> None:
     decoded = decode_shard(make_shard(ShardSpec(blocks, profile=0, head_dim=1, kv_heads=2, tokens=129)))
     assert decoded.k[0].ravel().tolist() == [0, 2]
     assert decoded.k[128].ravel().tolist() == [1, 3]
+    assert decoded.v is not None
     assert decoded.v[127].ravel().tolist() == [4, 6]
     assert decoded.v[128].ravel().tolist() == [5, 7]
+
+
+def test_keys_alone() -> None:
+    """With flag 1 there are the blocks of K and no others."""
+    blocks = [Block(code=1, codes=np.full(3, number, np.float16).tobytes()) for number in range(2)]
+    decoded = decode_shard(make_shard(ShardSpec(blocks, profile=0, head_dim=1, kv_heads=2, tokens=3, flags=1)))
+    assert decoded.header.keys_only
+    assert decoded.v is None
+    assert decoded.k[:, :, 0].tolist() == [[0, 1]] * 3
 
 
 def good_blocks() -> list[Block]:
@@ -333,6 +344,7 @@ BAD_FILES: list[tuple[str, dict[str, Any]]] = [
     ("dtype", {"shards": file_shards(dtype=2)}),
     ("kv_heads", {"shards": file_shards(blocks=[Block()] * 4, kv_heads=2)}),
     ("head_dim", {"shards": file_shards(blocks=[Block(), Block()], head_dim=2)}),
+    ("flags", {"shards": file_shards(blocks=[Block()], flags=1)}),
 ]
 
 

@@ -90,6 +90,7 @@ def test_coded_rows_of_k_are_turned(scaling: str, pairing: int) -> None:
         expected[b] = plain[b] * math.cos(angle) + plain[a] * math.sin(angle)
     np.testing.assert_allclose(decoded.k[1, 0], expected, atol=1e-6)
     assert (decoded.k[0] == 1).all()  # a raw row
+    assert decoded.v is not None
     np.testing.assert_array_equal(decoded.v[1, 0], plain)
 
 

@@ -63,6 +63,27 @@ def test_put_sends_each_layer_in_frames(scripted: Any) -> None:
     assert seen[0][0].encode.HasField("raw_tokens")
 
 
+def test_boundary_layers_are_put_raw(scripted: Any) -> None:
+    connect, script = scripted
+    specs: list[types.EncodeSpec] = []
+
+    def put(requests: Any, _: Any) -> Iterator[Any]:
+        for header, _ in put_objects(requests):
+            specs.append(header.encode)
+            yield pb.PutResponse(object_id=header.object_id)
+
+    script["Put"] = put
+    k = np.zeros((2, 1, 4), np.float32)
+    options = {"profile": "kvs2", "bits_per_entry": 2.5, "raw_tokens": 3, "commit": False}
+    connect().put("m", b"k", [(k, k)] * 5, raw_layers=2, **options)
+    raw, coded = types.PROFILE_RAW, types.PROFILE_KVS2
+    assert [spec.profile for spec in specs] == [raw, raw, coded, raw, raw]
+    assert [spec.bits_per_entry for spec in specs] == [0, 0, 2.5, 0, 0]
+    assert {spec.raw_tokens for spec in specs} == {3}
+    with pytest.raises(kvshrink.InvalidArgument, match="'raw_layers' is -1"):
+        connect().put("m", b"k", [(k, k)], raw_layers=-1)
+
+
 def test_each_layer_carries_its_own_rope(scripted: Any) -> None:
     connect, script = scripted
     specs: list[types.EncodeSpec] = []

@@ -75,6 +75,20 @@ def test_there_and_back(dtype: Any, layout: str) -> None:
     np.testing.assert_array_equal(got_v, v)
 
 
+@pytest.mark.parametrize("layout", ["THD", "HTD"])
+def test_keys_alone(layout: str) -> None:
+    k = numbered(3, 2, 4)
+    spec, body = pack_kv(k, None, layout, None, "layers[0]")
+    assert spec.keys_only
+    assert b"".join(body) == k.tobytes()
+    got, values = unpack_kv(spec, k.tobytes())
+    np.testing.assert_array_equal(got, k)
+    assert values is None
+    with pytest.raises(DataLoss, match="body_bytes"):
+        unpack_kv(spec, k.tobytes() * 2)
+    assert not pack_kv(k, k, layout, None, "layers[0]")[0].keys_only
+
+
 GOOD = numbered(4, 2, 3)
 BAD: list[tuple[str, tuple[Any, Any, Any, Any]]] = [
     (r"'layers\[0\].k' has dtype float64", (GOOD.astype(np.float64), GOOD, "THD", None)),

@@ -47,7 +47,7 @@ struct ShardHeader {
   uint32_t first_token = 0;
   uint32_t layer = 0;
   uint32_t raw_rows = 0;
-  bool padded = false;  // zero bytes after the last block's codes
+  bool padded = false;     // zero bytes after the last block's codes
   bool keys_only = false;  // there is no V: latents and shared rotary parts of MLA
   ShardExtensions extensions;
 

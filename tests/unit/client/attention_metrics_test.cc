@@ -127,6 +127,25 @@ TEST(AttentionMetrics, ThreadsDoNotChangeABit) {
   EXPECT_EQ(one->output_error_energy, many->output_error_energy);
 }
 
+TEST(AttentionMetrics, KeysAloneGiveLogitsAndWeights) {
+  Case c = MakeCase();
+  const auto both = MeasureAttention(Exact(c), Coded(c), QueriesOfCase(c), c.scale, 1);
+  const KeysValues exact{c.shape, c.k, {}};
+  const KeysValues coded{c.shape, c.coded_k, {}};
+  const auto keys = MeasureAttention(exact, coded, QueriesOfCase(c), c.scale, 2);
+  ASSERT_TRUE(both.ok() && keys.ok()) << keys.status();
+  EXPECT_EQ(keys->logit_rmse(), both->logit_rmse());
+  EXPECT_EQ(keys->attention_kl(), both->attention_kl());
+  EXPECT_EQ(keys->outputs, 0U);
+  EXPECT_EQ(both->outputs, both->rows);
+  EXPECT_FALSE(MeasureAttention(exact, Coded(c), QueriesOfCase(c), c.scale, 1).ok());
+  const auto attention = ComputeAttention(exact, QueriesOfCase(c), c.scale, 1);
+  const auto whole = ComputeAttention(Exact(c), QueriesOfCase(c), c.scale, 1);
+  ASSERT_TRUE(attention.ok() && whole.ok());
+  EXPECT_EQ(attention->logits, whole->logits);
+  EXPECT_TRUE(attention->output.empty());
+}
+
 TEST(AttentionMetrics, NothingChangedIsNoError) {
   const Case c = MakeCase();
   const auto found = MeasureAttention(Exact(c), Exact(c), QueriesOfCase(c), c.scale, 2);

@@ -105,6 +105,54 @@ TEST_F(CliTest, EncodesInspectsVerifiesAndDecodes) {
   EXPECT_FALSE(header.contains("layer.29.q"));
 }
 
+TEST_F(CliTest, BoundaryLayersAreRawByChoice) {
+  const Json encoded =
+      RunJson("encode '" + kTrace + "' " + Quoted("a.kvs") + " --profile kvs2 --raw-layers 2");
+  EXPECT_EQ(encoded["raw_layers"], 2);
+  for (const Json& shard : RunJson("inspect " + Quoted("a.kvs"))["shards"]) {
+    const int layer = shard["layer"].get<int>();
+    const bool middle = layer == 12 || layer == 17;
+    EXPECT_EQ(shard["profile"], middle ? "kvs2" : "raw") << layer;
+  }
+  const Json plain = RunJson("eval '" + kTrace + "' --profile kvs2")["profiles"][0];
+  const Json kept = RunJson("eval '" + kTrace + "' --profile kvs2 --raw-layers 2")["profiles"][0];
+  EXPECT_EQ(plain["options"]["raw_layers"], 0);
+  EXPECT_EQ(kept["options"]["raw_layers"], 2);
+  EXPECT_NEAR(kept["bits_per_entry"].get<double>(), encoded["bits_per_entry"].get<double>(), 1e-9);
+  EXPECT_GT(kept["bits_per_entry"].get<double>(), 10);
+  EXPECT_LT(kept["attention_rel_error"].get<double>(),
+            plain["attention_rel_error"].get<double>() / 2);
+  // As many as there are, or more: all; a rate target is for the others alone.
+  const Json all = RunJson("eval '" + kTrace + "' --profile kvs2 --raw-layers 9")["profiles"][0];
+  EXPECT_EQ(all["rel_mse_k"], 0);
+  EXPECT_EQ(all["rel_mse_v"], 0);
+  const Json rate = RunJson("encode '" + kTrace + "' " + Quoted("b.kvs") +
+                            " --profile kvs2 --raw-layers 1 --bits 2.5");
+  EXPECT_NEAR(rate["bits_per_entry"].get<double>(), (2 * 16.1 + 4 * 2.5) / 6, 0.1);
+  EXPECT_EQ(Run("encode '" + kTrace + "' " + Quoted("c.kvs") + " --raw-layers -1").exit_code, 2);
+}
+
+TEST_F(CliTest, ABoundOnTheErrorTakesMoreBitsThenKeepsBlocksRaw) {
+  const std::string encode = "encode '" + kTrace + "' " + Quoted("a.kvs") + " --profile kvs2";
+  const Json plain = RunJson(encode);
+  EXPECT_EQ(plain["raw_blocks"], 0);
+  EXPECT_EQ(plain["escalated_blocks"], 0);
+  const Json more = RunJson(encode + " --max-relative-error 0.05");
+  EXPECT_GT(more["escalated_blocks"].get<int>(), 0);
+  EXPECT_EQ(more["raw_blocks"], 0);
+  EXPECT_GT(more["bits_per_entry"].get<double>(), plain["bits_per_entry"].get<double>());
+  const Json exact = RunJson(encode + " --max-relative-error 1e-9");
+  EXPECT_EQ(exact["raw_blocks"], 144);
+  EXPECT_EQ(exact["escalated_blocks"], 0);
+  EXPECT_EQ(exact["rel_mse_v"], 0);
+  const Json eval =
+      RunJson("eval '" + kTrace + "' --profile kvs2 --max-relative-error 0.05")["profiles"][0];
+  EXPECT_LE(eval["max_block_rel_error"].get<double>(), 0.05 * 1.001);
+  EXPECT_EQ(eval["raw_blocks"], 0);
+  EXPECT_NEAR(eval["bits_per_entry"].get<double>(), more["bits_per_entry"].get<double>(), 1e-9);
+  EXPECT_EQ(Run(encode + " --max-relative-error nan").exit_code, 2);
+}
+
 // The angles of this model's keys.
 const std::string kRope = "--rope theta=1e5,dim=64";
 

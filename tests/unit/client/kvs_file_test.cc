@@ -26,6 +26,7 @@ struct ShardSpec {
   uint32_t first_token = 0;
   TensorShape shape{8, 1, 16};
   DType dtype = DType::kFp32;
+  bool keys_only = false;
 };
 
 std::string MakeShard(const ShardSpec& spec) {
@@ -40,7 +41,8 @@ std::string MakeShard(const ShardSpec& spec) {
   options.layer = spec.layer;
   options.first_token = spec.first_token;
   options.raw_tokens = 2;
-  auto shard = EncodeShard(*backend, tensor, tensor, options);
+  auto shard =
+      EncodeShard(*backend, tensor, spec.keys_only ? std::nullopt : std::optional(tensor), options);
   EXPECT_TRUE(shard.ok()) << shard.status();
   return *std::move(shard);
 }
@@ -275,6 +277,7 @@ TEST(KvsFile, ShardsMustAgree) {
       {"kv_heads between chunks", 2, {3, 8, {8, 2, 16}}, "'kv_heads'"},
       {"head_dim between chunks", 2, {3, 8, {8, 1, 8}}, "'head_dim'"},
       {"dtype between chunks", 2, {3, 8, {8, 1, 16}, DType::kBf16}, "'dtype'"},
+      {"values between chunks", 2, {3, 8, {8, 1, 16}, DType::kFp32, true}, "'flags'"},
   };
   const std::vector<std::string> good = GoodShards();
   for (const Disagreement& other : table) {

@@ -73,6 +73,21 @@ TEST(Trace, ReadsLayersInOrderOfTheirNumbers) {
   EXPECT_EQ(trace->layer(3), nullptr);
 }
 
+TEST(Trace, ALayerMayHaveKeysOnly) {
+  const std::string bytes = MakeFile({{"layer.0.k", "F16", {4, 1, 8}},
+                                      {"layer.0.q", "F16", {2, 3, 8}},
+                                      {"layer.2.k", "F16", {4, 2, 8}},
+                                      {"layer.2.v", "F16", {4, 2, 8}}},
+                                     {});
+  const auto trace = Trace::Parse(bytes);
+  ASSERT_TRUE(trace.ok()) << trace.status();
+  EXPECT_FALSE(trace->layers()[0].v.has_value());
+  EXPECT_TRUE(trace->layers()[0].q.has_value());
+  EXPECT_TRUE(trace->layers()[1].v.has_value());
+  EXPECT_EQ(trace->entries(), 4U * 8 + 2U * 4 * 2 * 8);
+  EXPECT_EQ(trace->raw_bytes(), 2 * trace->entries());
+}
+
 struct Bad {
   const char* name;
   std::vector<Spec> specs;
@@ -85,7 +100,6 @@ TEST(Trace, NamesTheFieldThatDoesNotFit) {
   const Spec v{"layer.0.v", "F16", {4, 2, 8}};
   const std::vector<Bad> table = {
       {"no layer", {{"x", "U8", {1}}}, {}, "layer.{i}.k"},
-      {"no v", {k}, {}, "layer.0.v"},
       {"no k", {v}, {}, "layer.0.k"},
       {"integers", {{"layer.0.k", "I16", {4, 2, 8}}, v}, {}, "layer.0.k.dtype"},
       {"two sizes", {{"layer.0.k", "F16", {4, 16}}, v}, {}, "layer.0.k.shape"},

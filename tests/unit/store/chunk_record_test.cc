@@ -11,6 +11,7 @@ ChunkRecord Sample() {
   record.created_unix_ms = 1'700'000'000'123;
   for (uint32_t layer = 0; layer < 3; ++layer) {
     record.shards.push_back({Meta(layer, 100 + layer), 0x1111111111111111u * (layer + 1)});
+    record.shards.back().meta.keys_only = layer == 1;
   }
   return record;
 }

@@ -23,23 +23,24 @@ _USAGE_ERROR = 2
 class ProfileEvaluation:
     """One profile on one trace. Errors are sums of squared error / sums of squares, of what a decoder gives.
 
-    The three figures of attention are None where the trace has no queries.
+    The three figures of attention are None where the trace has no queries; attention_rel_error and the figures of V
+    also where it has keys only.
     """
 
     profile: str
     options: Mapping[str, Any]  # what it was coded with
     bits_per_entry: float  # 8 x bytes of the shards, all of them, / entries
     bits_per_entry_k: float
-    bits_per_entry_v: float
+    bits_per_entry_v: float | None
     rel_mse_k: float
-    rel_mse_v: float
+    rel_mse_v: float | None
     logit_rmse: float | None  # of q.k x scale, over queries and keys
     attention_rel_error: float | None  # of the attention outputs
     attention_kl: float | None  # nats, mean over queries and heads
     max_block_rel_error: float
     raw_blocks: int  # kept exactly
     mean_rank_k: float
-    mean_rank_v: float
+    mean_rank_v: float | None
     encode_mb_per_s: float  # of 2 bytes per entry
     decode_mb_per_s: float
 
@@ -133,13 +134,14 @@ def evaluate(
 ) -> Evaluation:
     """Measures profiles on captured tensors.
 
-    layers: number of the layer -> (k, v) or (k, v, q). k and v are [tokens, kv_heads, head_dim]; q, the queries of the
-    last tokens, is [queries, q_heads, head_dim]; query head h reads kv head h / (q_heads / kv_heads). Floats of any
-    kind (bfloat16 by ml_dtypes or as uint16 bits): numpy arrays, or what converts to them on the CPU, as torch tensors
-    do. They are not changed. scale is that of q.k, 1 / sqrt(head_dim) by default; metadata goes into the trace.
+    layers: number of the layer -> (k, v) or (k, v, q). k and v are [tokens, kv_heads, head_dim], v is None where there
+    are keys only; q, the queries of the last tokens, is [queries, q_heads, head_dim]; query head h reads kv head
+    h / (q_heads / kv_heads). Floats of any kind (bfloat16 by ml_dtypes or as uint16 bits): numpy arrays, or what
+    converts to them on the CPU, as torch tensors do. They are not changed. scale is that of q.k, 1 / sqrt(head_dim) by
+    default; metadata goes into the trace.
 
-    options are those of the command `kvshrink eval`: chunk_tokens, raw_tokens, max_relative_error, rope (as text:
-    "theta=1e6"), threads, backend.
+    options are those of the command `kvshrink eval`: chunk_tokens, raw_tokens, raw_layers, max_relative_error, rope (as
+    text: "theta=1e6"), threads, backend.
 
     Errors: InvalidArgument names the layer and what doesn't fit, or the option; FailedPrecondition: no program;
     KVShrinkError: what the program said; subprocess.TimeoutExpired after timeout_s.

@@ -58,15 +58,15 @@ def to_array(tensor: Any, argument: str) -> Array:
     return array
 
 
-def _check_layer(k: Array, v: Array, q: Array | None, tokens: int | None, argument: str) -> None:
+def _check_layer(k: Array, v: Array | None, q: Array | None, tokens: int | None, argument: str) -> None:
     for name, array in (("k", k), ("v", v), ("q", q)):
         if array is not None and (array.ndim != 3 or array.size == 0):
             raise InvalidArgument(
                 f"argument '{argument}.{name}' has shape {array.shape}: must be [tokens, heads, head_dim], none 0"
             )
-    if v.shape != k.shape:
+    if v is not None and v.shape != k.shape:
         raise InvalidArgument(f"argument '{argument}.v' has shape {v.shape}: that of k is {k.shape}")
-    if v.dtype != k.dtype:
+    if v is not None and v.dtype != k.dtype:
         raise InvalidArgument(f"argument '{argument}.v' has dtype {v.dtype}: that of k is {k.dtype}")
     if tokens is not None and len(k) != tokens:
         raise InvalidArgument(f"argument '{argument}.k' has shape {k.shape}: the layers before have {tokens} tokens")
@@ -83,7 +83,7 @@ def _check_layer(k: Array, v: Array, q: Array | None, tokens: int | None, argume
 
 
 def trace_arrays(layers: Mapping[int, Sequence[Any]]) -> dict[str, Array]:
-    """The tensors of a trace by their names, checked. `layers`: number -> (k, v) or (k, v, q); q may be None."""
+    """The tensors of a trace by their names, checked. `layers`: number -> (k, v) or (k, v, q); v and q may be None."""
     if not isinstance(layers, Mapping) or not layers:
         raise InvalidArgument(
             f"argument 'layers' is {type(layers).__name__} of {len(layers)}: must map layers to tensors"
@@ -97,13 +97,14 @@ def trace_arrays(layers: Mapping[int, Sequence[Any]]) -> dict[str, Array]:
         tensors = layers[layer]
         if not isinstance(tensors, Sequence) or len(tensors) not in (2, 3):
             raise InvalidArgument(f"argument '{argument}' is a {type(tensors).__name__}: must be (k, v) or (k, v, q)")
-        k, v = (to_array(tensors[i], f"{argument}.{name}") for i, name in enumerate("kv"))
+        k = to_array(tensors[0], f"{argument}.k")
+        v = to_array(tensors[1], f"{argument}.v") if tensors[1] is not None else None
         q = to_array(tensors[2], f"{argument}.q") if len(tensors) == 3 and tensors[2] is not None else None
         _check_layer(k, v, q, tokens, argument)
         tokens = len(k)
-        arrays[f"layer.{layer}.k"], arrays[f"layer.{layer}.v"] = k, v
-        if q is not None:
-            arrays[f"layer.{layer}.q"] = q
+        for name, array in (("k", k), ("v", v), ("q", q)):
+            if array is not None:
+                arrays[f"layer.{layer}.{name}"] = array
     return arrays
 
 

@@ -1,6 +1,8 @@
 #include "options.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <limits>
 
 #include "kvshrink/client/chunk_keys.h"
@@ -18,6 +20,12 @@ std::string ProfileNames() {
     names += StrCat(names.empty() ? "" : ", ", info.name);
   }
   return names;
+}
+
+// A range lets a NaN through.
+std::string CheckNotNan(const std::string& text) {
+  const bool nan = std::isnan(std::strtod(text.c_str(), nullptr));
+  return nan ? StrCat("'", text, "' must be a number") : "";
 }
 
 std::string CheckHostPort(const std::string& server) {
@@ -106,13 +114,15 @@ void CodingArguments::Add(CLI::App* command) {
       ->add_option("--max-relative-error", settings.max_relative_error,
                    "bound on a block's sum of squared error / sum of squares; 0 = none")
       ->capture_default_str()
-      ->check(CLI::Range(0.0, std::numeric_limits<double>::max()));
+      ->check(CLI::Range(0.0, std::numeric_limits<double>::max()))
+      ->check(CLI::Validator(CheckNotNan, "NUMBER"));
   command
       ->add_option("--bits", settings.bits_per_entry,
                    "bits per entry that every shard keeps to, every byte counted: alphabets and "
                    "ranks are chosen over its blocks (kvs profiles); 0 = the profile's own")
       ->capture_default_str()
-      ->check(CLI::Range(0.0, 64.0));
+      ->check(CLI::Range(0.0, 64.0))
+      ->check(CLI::Validator(CheckNotNan, "NUMBER"));
   command->add_flag("--fixed-size", settings.fixed_size,
                     "with --bits: all shards of a shape have the same size");
   command

@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "blocks.h"
-#include "stages/codebook.h"
+#include "stages/digits.h"
 #include "stages/rotate.h"
 #include "stages/row_scales.h"
 

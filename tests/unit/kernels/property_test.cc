@@ -7,7 +7,7 @@
 
 #include "hostile_blocks.h"
 #include "kvshrink/strcat.h"
-#include "stages/codebook.h"
+#include "stages/digits.h"
 #include "stages/exponent.h"
 
 namespace kvshrink {

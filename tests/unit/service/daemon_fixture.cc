@@ -94,7 +94,7 @@ std::vector<float> Decode(const std::string& shard, DecodeForm form) {
   const size_t half = values.size() * sizeof(float) / 2;
   const absl::Status status =
       DecodeShard(LocalBackend(), parsed, form, {data, DType::kFp32, shape, LayoutThd(shape)},
-                  {data + half, DType::kFp32, shape, LayoutThd(shape)});
+                  MutableTensor{data + half, DType::kFp32, shape, LayoutThd(shape)});
   return status.ok() ? values : std::vector<float>();
 }
 

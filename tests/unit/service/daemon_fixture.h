@@ -41,6 +41,8 @@ class GatedBackend final : public Backend {
  public:
   explicit GatedBackend(std::shared_ptr<absl::Notification> gate);
   std::string_view name() const override { return inner_->name(); }
+  void AnalyseBlocks(const BlockSettings& settings, std::span<const BlockInput> in,
+                     std::span<BlockSpectrum> out) const override;
   void EncodeBlocks(const BlockSettings& settings, std::span<const BlockInput> in,
                     std::span<BlockOutput> out) const override;
   absl::Status UnpackBlock(Family family, const BlockView& block, uint32_t head_dim,

@@ -141,7 +141,7 @@ def test_same_key_again(client: Client, smollm2: dict[str, Array], namespace: st
     with pytest.raises(kvshrink.AlreadyExists):
         client.put(namespace, b"k", chunk_of(smollm2, 64, 64), profile="kvs3")
     (item, *_) = client.get(namespace, b"k")
-    assert np.array_equal(item.k[:4], layers[0][0][:4])
+    assert np.array_equal(item.k[:1], layers[0][0][:1])
 
 
 def test_layers_must_agree(client: Client, smollm2: dict[str, Array], namespace: str) -> None:

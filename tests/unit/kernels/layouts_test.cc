@@ -85,9 +85,10 @@ TEST(Layouts, AnyLayoutOutHoldsTheSameValuesAndNothingElseIsTouched) {
     std::vector<float> out(*LayoutExtent(shape, layout), kUntouched);
     std::vector<float> other(out.size());
     ASSERT_TRUE(
-        DecodeShard(*backend, *shard, DecodeForm::kFull,
-                    {reinterpret_cast<std::byte*>(out.data()), DType::kFp32, shape, layout},
-                    {reinterpret_cast<std::byte*>(other.data()), DType::kFp32, shape, layout})
+        DecodeShard(
+            *backend, *shard, DecodeForm::kFull,
+            MutableTensor{reinterpret_cast<std::byte*>(out.data()), DType::kFp32, shape, layout},
+            MutableTensor{reinterpret_cast<std::byte*>(other.data()), DType::kFp32, shape, layout})
             .ok());
     size_t touched = 0;
     for (const float value : out) {
@@ -148,8 +149,8 @@ TEST(Layouts, RawProfileIsBitExactInEveryDtype) {
     std::vector<std::byte> k(bytes.size());
     std::vector<std::byte> v(bytes.size());
     ASSERT_TRUE(DecodeShard(*backend, *shard, DecodeForm::kFull,
-                            {k.data(), dtype, shape, LayoutThd(shape)},
-                            {v.data(), dtype, shape, LayoutThd(shape)})
+                            MutableTensor{k.data(), dtype, shape, LayoutThd(shape)},
+                            MutableTensor{v.data(), dtype, shape, LayoutThd(shape)})
                     .ok());
     EXPECT_EQ(k, bytes);
     EXPECT_EQ(v, bytes);

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -29,6 +29,7 @@ MIB = 1 << 20
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
+T = TypeVar("T")
 
 
 class Daemon:
@@ -130,6 +131,12 @@ def chunk_of(trace: dict[str, Array], first: int, count: int, layers: list[int] 
     """(K, V) of each layer, tokens first .. first + count - 1."""
     at = slice(first, first + count)
     return [(trace[f"layer.{i}.k"][at], trace[f"layer.{i}.v"][at]) for i in (layers or layers_of(trace))]
+
+
+def given(value: T | None) -> T:
+    """V of what has V."""
+    assert value is not None
+    return value
 
 
 def relative_error(got: Array, wanted: Array) -> float:

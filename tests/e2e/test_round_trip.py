@@ -12,7 +12,7 @@ import pytest
 import kvshrink
 from decode_kvs import decode_shard
 from kvshrink import Client
-from support import TRACES, Array, chunk_of, layers_of, load_trace, relative_error, run_cli, run_json
+from support import TRACES, Array, chunk_of, given, layers_of, load_trace, relative_error, run_cli, run_json
 
 # Relative errors that a profile must stay below on K and V of these traces, sinks kept; about twice what is measured.
 BOUNDS = {"raw": 0.0, "fp8": 0.002, "tq4": 0.03, "eoptshrinkq2": 0.2, "kvs2": 0.3, "kvs3": 0.1, "kvs4": 0.03}
@@ -33,7 +33,7 @@ def test_put_and_get(client: Client, smollm2: dict[str, Array], namespace: str, 
         assert item.k.shape == k.shape
         assert item.k.dtype == k.dtype  # the original's by default
         assert same_bits(item.k[:1], k[:1])  # the first token of a sequence is kept exactly
-        for got, wanted, stats in ((item.k, k, result.stats.k), (item.v, v, result.stats.v)):
+        for got, wanted, stats in ((item.k, k, result.stats.k), (given(item.v), v, given(result.stats.v))):
             error = relative_error(got, wanted)
             assert error <= BOUNDS.get(profile, 0.3)
             # the answer's errors are of fp32 values; here they are rounded to fp16, and the sinks are part of the sums
@@ -64,10 +64,10 @@ def test_shards_decode_alike_everywhere(
         run_cli("decode", tmp_path / "one.kvs", tmp_path / "one.safetensors", "--dtype", "fp32")
         by_cli = load_trace(tmp_path / "one.safetensors")
         assert same_bits(by_cli[f"layer.{shard.layer}.k"], tensor.k)
-        assert same_bits(by_cli[f"layer.{shard.layer}.v"], tensor.v)
+        assert same_bits(by_cli[f"layer.{shard.layer}.v"], given(tensor.v))
         second = decode_shard(shard.shard)
         np.testing.assert_allclose(second.k, tensor.k, atol=1e-5 * np.abs(tensor.k).max(), rtol=0)
-        np.testing.assert_allclose(second.v, tensor.v, atol=1e-5 * np.abs(tensor.v).max(), rtol=0)
+        np.testing.assert_allclose(given(second.v), given(tensor.v), atol=1e-5 * np.abs(given(tensor.v)).max(), rtol=0)
         (stateless,) = client.decompress([shard.shard], dtype="fp32")
         assert same_bits(stateless.k, tensor.k)
         assert stateless.info == shard.info
@@ -107,7 +107,7 @@ def test_selection_of_layers_and_heads(client: Client, smollm2: dict[str, Array]
     assert [c.layer for c in chosen] == [1, 4]
     for item in chosen:
         assert same_bits(item.k, np.ascontiguousarray(everything[item.layer].k[:, [0, 2]]))
-        assert same_bits(item.v, np.ascontiguousarray(everything[item.layer].v[:, [0, 2]]))
+        assert same_bits(given(item.v), np.ascontiguousarray(given(everything[item.layer].v)[:, [0, 2]]))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
@@ -159,10 +159,10 @@ def test_not_finite_blocks_are_kept_bit_by_bit(client: Client, smollm2: dict[str
     k[200, 1, 3] = np.nan
     v[10, 0, 0] = np.inf
     (result,) = client.put(namespace, b"0", [(k, v)], profile="kvs2")
-    assert (result.stats.k.raw_blocks, result.stats.v.raw_blocks) == (1, 1)
+    assert (result.stats.k.raw_blocks, given(result.stats.v).raw_blocks) == (1, 1)
     (item,) = client.get(namespace, b"0")
     assert same_bits(np.ascontiguousarray(item.k[128:, 1]), np.ascontiguousarray(k[128:, 1]))
-    assert same_bits(np.ascontiguousarray(item.v[:128, 0]), np.ascontiguousarray(v[:128, 0]))
+    assert same_bits(np.ascontiguousarray(given(item.v)[:128, 0]), np.ascontiguousarray(v[:128, 0]))
     assert not same_bits(np.ascontiguousarray(item.k[128:, 0]), np.ascontiguousarray(k[128:, 0]))
 
 
@@ -172,13 +172,32 @@ def test_error_bound_escalates_then_keeps_raw(client: Client, smollm2: dict[str,
         key = str(bound).encode()
         results = client.put(namespace, key, layers, profile="kvs2", max_relative_error=bound)
         for r in results:
-            for stats in (r.stats.k, r.stats.v):
+            for stats in (r.stats.k, given(r.stats.v)):
                 assert stats.max_block_relative_error <= bound
                 assert stats.escalated_blocks > 0 or stats.raw_blocks > 0
         if bound < 1e-6:
             for item, (k, v) in zip(client.get(namespace, key), layers, strict=True):
                 assert relative_error(item.k, k) <= bound
-                assert relative_error(item.v, v) <= bound
+                assert relative_error(given(item.v), v) <= bound
+
+
+@pytest.mark.parametrize("encode_at", ["client", "server"])
+def test_error_bound_and_raw_layers_of_put(daemon: Any, namespace: str, encode_at: str) -> None:
+    """More bits, then raw blocks, both counted; boundary layers are raw by choice. Client and server alike."""
+    common = ["--server", daemon.target, "--namespace", namespace, "--encode-at", encode_at]
+    plain, more, exact, kept = (
+        run_json("put", TRACES[0], *common, "--prefix", str(i), *options)
+        for i, options in enumerate(
+            ([], ["--max-relative-error", "0.05"], ["--max-relative-error", "1e-9"], ["--raw-layers", "1"])
+        )
+    )
+    assert (plain["escalated_blocks"], plain["raw_blocks"]) == (0, 0)
+    assert (more["escalated_blocks"] > 0, more["raw_blocks"]) == (True, 0)
+    assert more["rel_mse_v"] < 0.05 < plain["rel_mse_v"]
+    assert (exact["escalated_blocks"], exact["raw_blocks"]) == (0, 144)
+    assert (exact["rel_mse_k"], exact["rel_mse_v"]) == (0, 0)
+    assert kept["raw_blocks"] == 144 // 3  # two of six layers
+    assert plain["bits_per_entry"] < more["bits_per_entry"] < kept["bits_per_entry"] < exact["bits_per_entry"]
 
 
 @pytest.mark.parametrize("trace", TRACES, ids=lambda path: path.stem)

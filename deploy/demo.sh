@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=deploy/packages.sh
 source deploy/packages.sh
 
-readonly PROFILES=(raw fp8 tq2 tq3 tq4 eoptshrinkq2 kvs2 kvs3 kvs4)
+readonly PROFILES=(raw fp8 tq2 tq3 tq4 eoptshrinkq2 kvs2 kvs2t kvs3 kvs3t kvs4)
 readonly BIN=build/release/bin
 WORK="$(mktemp -d)"
 DAEMON=

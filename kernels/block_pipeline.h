@@ -24,28 +24,34 @@
 #include "stages/digits.h"
 #include "stages/exponent.h"
 #include "stages/minifloat.h"
+#include "stages/trellis.h"
 
 namespace kvshrink {
 
-// The alphabets that a family climbs when a block's error is over the bound.
+// The codes that a profile climbs when a block's error is over the bound: its own and those above.
 inline std::vector<BlockCode> LevelLadder(Profile profile) {
+  using enum BlockCode;
   const ProfileInfo& info = GetProfileInfo(profile);
-  std::vector<BlockCode> ladder;
-  for (const BlockCode code :
-       {BlockCode::kLevels3, BlockCode::kLevels4, BlockCode::kLevels5, BlockCode::kLevels6,
-        BlockCode::kLevels8, BlockCode::kLevels12, BlockCode::kLevels16}) {
-    if (format::FamilyHasCode(info.family, code) &&
-        stages::CodebookOf(code)->levels >= info.levels) {
-      ladder.push_back(code);
-    }
+  std::vector<BlockCode> ladder = {kLevels3, kLevels4,  kLevels5, kLevels6,
+                                   kLevels8, kLevels12, kLevels16};
+  if (stages::TrellisOf(info.code) != nullptr) {
+    ladder = {kTrellis15, kTrellis20, kTrellis25, kTrellis30, kLevels12, kLevels16};
   }
+  ladder.erase(ladder.begin(), std::find(ladder.begin(), ladder.end(), info.code));
+  std::erase_if(ladder, [&](BlockCode code) { return !format::FamilyHasCode(info.family, code); });
   return ladder;
 }
 
-// The alphabets that a rate target chooses from: those of the profile's kind, coarsest first.
+// The codes that a rate target chooses from: those of the profile's kind, coarsest first.
 inline std::vector<BlockCode> RateCodes(Profile profile) {
-  static_cast<void>(profile);
-  return LevelLadder(Profile::kKvs2);
+  const bool trellis = stages::TrellisOf(GetProfileInfo(profile).code) != nullptr;
+  return LevelLadder(trellis ? Profile::kKvs2t : Profile::kKvs2);
+}
+
+// Mean squared error of N(0, 1) in a residual code.
+inline double DistortionOf(BlockCode code) {
+  const stages::TrellisCode* trellis = stages::TrellisOf(code);
+  return trellis != nullptr ? trellis->distortion : stages::CodebookOf(code)->distortion;
 }
 
 inline void KeepRaw(Backend::BlockOutput* out) {

@@ -121,9 +121,8 @@ std::vector<Option> OptionsOf(const ShardHeader& header, const BlockView& place,
     const size_t factor_bytes = stages::KvsFactorBytes(
         {choice.bits.data(), static_cast<size_t>(choice.rank)}, place.rows, d);
     for (const BlockCode code : RateCodes(header.profile)) {
-      options.push_back({PartBytes(header, place, code, factor_bytes),
-                         left * stages::CodebookOf(code)->distortion, code,
-                         static_cast<uint8_t>(i)});
+      options.push_back({PartBytes(header, place, code, factor_bytes), left * DistortionOf(code),
+                         code, static_cast<uint8_t>(i)});
     }
   }
   return Hull(std::move(options));

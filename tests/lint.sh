@@ -43,7 +43,7 @@ types() {
   (cd tests/golden && mypy --strict .)
   (cd tests/e2e && MYPYPATH=../golden:../quality mypy --strict .)
   (cd tests/quality && mypy --strict .)
-  mypy --strict tests/summary.py
+  mypy --strict tests/summary.py kernels/tools/train_trellis.py
 }
 
 length() {

@@ -38,6 +38,14 @@ std::string_view CodeName(BlockCode code) {
       return "12 levels";
     case BlockCode::kLevels16:
       return "16 levels";
+    case BlockCode::kTrellis15:
+      return "trellis 1.5 bits";
+    case BlockCode::kTrellis20:
+      return "trellis 2 bits";
+    case BlockCode::kTrellis25:
+      return "trellis 2.5 bits";
+    case BlockCode::kTrellis30:
+      return "trellis 3 bits";
   }
   return "unknown";
 }

@@ -70,14 +70,24 @@ absl::Status CpuDecoder::ReadFactors(Family family, const BlockView& block, uint
 absl::Status CpuDecoder::ReadResidual(Family family, const BlockView& block, uint32_t d,
                                       float* rows) {
   const uint32_t m = block.coded_rows();
-  digits_.resize(size_t{m} * d);
-  if (!stages::UnpackDigits(block.code, block.codes, digits_)) {
-    return BadBlock(block, "codes", "a group's number is out of range");
-  }
+  const size_t count = size_t{m} * d;
   scales_.resize(m);
   if (!stages::ReadRowScales<float>(family, d, block.scales, scales_)) {
     return BadBlock(block, "scale",
                     "a row scale is negative or not finite, or the step is out of range");
+  }
+  if (const stages::TrellisCode* trellis = stages::TrellisOf(block.code)) {
+    levels_.resize(stages::RunsOf(count) * stages::kRunValues);
+    stages::ReadTrellisRuns(*trellis, block.codes.data(), count, levels_.data());
+    for (uint32_t t = 0; t < m; ++t) {
+      const size_t start = size_t{t} * d;
+      trellis_loops_.expand(levels_.data() + start, scales_[t], d, rows + start);
+    }
+    return absl::OkStatus();
+  }
+  digits_.resize(count);
+  if (!stages::UnpackDigits(block.code, block.codes, digits_)) {
+    return BadBlock(block, "codes", "a group's number is out of range");
   }
   const stages::Codebook& codebook = *stages::CodebookOf(block.code);
   for (uint32_t t = 0; t < m; ++t) {

@@ -14,6 +14,16 @@ namespace {
 constexpr double kDependent = 1e-12;  // as in the reference: the Gram matrix is in double
 using Small = Eigen::Matrix<double, stages::kProbes, stages::kProbes, Eigen::RowMajor>;
 
+// Made once per process.
+const stages::TrellisBranches<float>& BranchesOf(const stages::TrellisCode& code) {
+  static const std::array<stages::TrellisBranches<float>, std::size(stages::kTrellisCodes)> all = {
+      stages::TrellisBranches<float>(stages::kTrellisCodes[0]),
+      stages::TrellisBranches<float>(stages::kTrellisCodes[1]),
+      stages::TrellisBranches<float>(stages::kTrellisCodes[2]),
+      stages::TrellisBranches<float>(stages::kTrellisCodes[3])};
+  return all[static_cast<size_t>(&code - stages::kTrellisCodes)];
+}
+
 }  // namespace
 
 void CpuStages::SetShape(uint32_t n, uint32_t d) {
@@ -195,15 +205,20 @@ void CpuStages::CodeLowRank(Family family, Backend::BlockOutput* out) {
 
 double CpuStages::CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales,
                                std::vector<uint8_t>* codes) {
-  const stages::Codebook& codebook = *stages::CodebookOf(code);
-  digits_.resize(size_t{m_} * d_);
   row_scales_.resize(m_);
-  sums_.resize(m_);
   for (uint32_t t = 0; t < m_; ++t) {
     const float energy = loops_.energy(coded_.data() + size_t{t} * d_, d_);
     row_scales_[t] = std::sqrt(energy / static_cast<float>(d_));
   }
   stages::WriteRowScales<float>(family, d_, row_scales_, scales);
+  const stages::TrellisCode* trellis = stages::TrellisOf(code);
+  return trellis != nullptr ? CodeTrellis(*trellis, codes) : CodeDigits(code, codes);
+}
+
+double CpuStages::CodeDigits(BlockCode code, std::vector<uint8_t>* codes) {
+  const stages::Codebook& codebook = *stages::CodebookOf(code);
+  digits_.resize(size_t{m_} * d_);
+  sums_.resize(m_);
   double error = 0;
   for (uint32_t t = 0; t < m_; ++t) {
     const float* row = coded_.data() + size_t{t} * d_;
@@ -218,6 +233,34 @@ double CpuStages::CodeResidual(Family family, BlockCode code, std::vector<uint8_
     error += sums_[t].Error(static_cast<double>(row_scales_[t]));
   }
   stages::PackDigits(code, digits_, codes);
+  return error;
+}
+
+double CpuStages::CodeTrellis(const stages::TrellisCode& code, std::vector<uint8_t>* codes) {
+  const size_t padded = stages::RunsOf(size_t{m_} * d_) * stages::kRunValues;
+  normal_.assign(padded, 0.0F);
+  levels_.resize(padded);
+  for (uint32_t t = 0; t < m_; ++t) {
+    const float inverse = row_scales_[t] > 0 ? 1 / row_scales_[t] : 0.0F;
+    for (size_t i = size_t{t} * d_; i < size_t{t + 1} * d_; ++i) {
+      normal_[i] = coded_[i] * inverse;
+    }
+  }
+  if (trellis_scratch_ == nullptr) {
+    trellis_scratch_ = std::make_unique<stages::TrellisScratch<float>>();
+  }
+  stages::CodeTrellisRuns<float>(BranchesOf(code), normal_, trellis_loops_, trellis_scratch_.get(),
+                                 levels_.data(), codes);
+  double error = 0;
+  for (uint32_t t = 0; t < m_; ++t) {
+    const size_t start = size_t{t} * d_;
+    float* difference = normal_.data() + start;
+    trellis_loops_.expand(levels_.data() + start, row_scales_[t], d_, difference);
+    for (size_t c = 0; c < d_; ++c) {
+      difference[c] -= coded_[start + c];
+    }
+    error += static_cast<double>(loops_.energy(difference, d_));
+  }
   return error;
 }
 

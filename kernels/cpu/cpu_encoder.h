@@ -3,11 +3,13 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "block_plan.h"
 #include "cpu/loops.h"
+#include "cpu/trellis_loops.h"
 #include "kvshrink/codec.h"
 #include "stages/kvs_factors.h"
 #include "stages/rank_rule.h"
@@ -34,8 +36,12 @@ class CpuStages {
   void CodeTokenFactors(const stages::RankChoice& choice);
   void CodeEOptShrink(Backend::BlockOutput* out);
   void Rotate(std::vector<float>* rows) const;
+  // The coded rows against `row_scales_` as a decoder gets them. Return the sum of squared error.
+  double CodeDigits(BlockCode code, std::vector<uint8_t>* codes);
+  double CodeTrellis(const stages::TrellisCode& code, std::vector<uint8_t>* codes);
 
   const Loops& loops_ = ChooseLoops();
+  const TrellisLoops& trellis_loops_ = ChooseTrellisLoops();
   uint32_t n_ = 0, d_ = 0, raw_rows_ = 0, m_ = 0;
   Kind kind_ = Kind::kKey;
   const BlockPlan* plan_ = nullptr;
@@ -57,6 +63,12 @@ class CpuStages {
   std::vector<uint8_t> digits_;
   std::vector<float> row_scales_;
   std::vector<stages::RowSums<float>> sums_;
+  std::vector<float> normal_;   // coded rows over their scales, to whole runs
+  std::vector<int8_t> levels_;  // what a decoder reads of them
+  std::unique_ptr<stages::TrellisScratch<float>> trellis_scratch_;  // made when first needed
 };
+
+// Thread-local storage is part of the stack of every thread of the process, small ones too.
+static_assert(sizeof(CpuStages) <= 2048);
 
 }  // namespace kvshrink::cpu

@@ -7,6 +7,7 @@
 
 #include "stages/digits.h"
 #include "stages/scales.h"
+#include "stages/trellis.h"
 
 namespace kvshrink::format {
 
@@ -34,6 +35,10 @@ bool FamilyHasCode(Family family, BlockCode code) {
     case BlockCode::kLevels5:
     case BlockCode::kLevels6:
     case BlockCode::kLevels12:
+    case BlockCode::kTrellis15:
+    case BlockCode::kTrellis20:
+    case BlockCode::kTrellis25:
+    case BlockCode::kTrellis30:
       return family == Family::kKvs;
     case BlockCode::kLevels4:
     case BlockCode::kLevels8:
@@ -59,6 +64,11 @@ size_t CodeBytes(BlockCode code, uint32_t m, uint32_t d, DType dtype) {
       return entries * DTypeBytes(dtype);
     case BlockCode::kFp8:
       return entries;
+    case BlockCode::kTrellis15:
+    case BlockCode::kTrellis20:
+    case BlockCode::kTrellis25:
+    case BlockCode::kTrellis30:
+      return stages::TrellisBytes(*stages::TrellisOf(code), entries);
     default:
       return stages::DigitBytes(code, entries);
   }

@@ -8,6 +8,7 @@
 #include "stages/eoptshrink.h"
 #include "stages/kvs_factors.h"
 #include "stages/row_scales.h"
+#include "stages/trellis.h"
 
 namespace kvshrink {
 namespace {
@@ -50,23 +51,31 @@ bool ReadLowRank(Family family, const BlockView& block, uint32_t d, Matrix* low)
 
 absl::Status ReadResidual(Family family, const BlockView& block, uint32_t d, Matrix* residual) {
   const uint32_t m = block.coded_rows();
-  std::vector<uint8_t> digits(size_t{m} * d);
-  if (!stages::UnpackDigits(block.code, block.codes, digits)) {
-    return BadBlock(block, "codes", "a group's number is out of range");
-  }
+  const size_t count = size_t{m} * d;
   std::vector<double> scales(m);
   if (!stages::ReadRowScales<double>(family, d, block.scales, scales)) {
     return BadBlock(block, "scale",
                     "a row scale is negative or not finite, or the step is out of range");
   }
-  const stages::Rotation<double> rotation(stages::kRowSeed, d);
   *residual = Matrix(m, d);
-  for (uint32_t t = 0; t < m; ++t) {
-    for (uint32_t c = 0; c < d; ++c) {
-      (*residual)(t, c) =
-          static_cast<double>(stages::CodebookOf(block.code)->level[digits[size_t{t} * d + c]]) *
-          scales[t];
+  if (const stages::TrellisCode* trellis = stages::TrellisOf(block.code)) {
+    std::vector<int8_t> levels(stages::RunsOf(count) * stages::kRunValues);
+    stages::ReadTrellisRuns(*trellis, block.codes.data(), count, levels.data());
+    for (size_t i = 0; i < count; ++i) {
+      residual->data()[i] = double{stages::kTrellisUnit} * levels[i];
     }
+  } else {
+    std::vector<uint8_t> digits(count);
+    if (!stages::UnpackDigits(block.code, block.codes, digits)) {
+      return BadBlock(block, "codes", "a group's number is out of range");
+    }
+    for (size_t i = 0; i < count; ++i) {
+      residual->data()[i] = static_cast<double>(stages::CodebookOf(block.code)->level[digits[i]]);
+    }
+  }
+  const stages::Rotation<double> rotation(stages::kRowSeed, d);
+  for (uint32_t t = 0; t < m; ++t) {
+    residual->row(t) *= scales[t];
     rotation.ApplyInverse(residual->row(t).data());
   }
   return absl::OkStatus();

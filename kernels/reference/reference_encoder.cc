@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 
 #include "stages/eoptshrink.h"
 #include "stages/kvs_factors.h"
 #include "stages/row_scales.h"
 #include "stages/subspace.h"
+#include "stages/trellis_search.h"
 
 namespace kvshrink::reference {
 
@@ -167,14 +169,22 @@ void ReferenceStages::CodeLowRank(Family family, Backend::BlockOutput* out) {
 
 double ReferenceStages::CodeResidual(Family family, BlockCode code, std::vector<uint8_t>* scales,
                                      std::vector<uint8_t>* codes) const {
-  const stages::Codebook& codebook = *stages::CodebookOf(code);
   const auto d = static_cast<uint32_t>(residual_.cols());
-  std::vector<uint8_t> digits;
   std::vector<double> row_scales;
   for (Eigen::Index t = 0; t < residual_.rows(); ++t) {
     row_scales.push_back(std::sqrt(residual_.row(t).squaredNorm() / d));
   }
   stages::WriteRowScales<double>(family, d, row_scales, scales);
+  const stages::TrellisCode* trellis = stages::TrellisOf(code);
+  return trellis != nullptr ? CodeTrellis(*trellis, row_scales, codes)
+                            : CodeDigits(code, row_scales, codes);
+}
+
+double ReferenceStages::CodeDigits(BlockCode code, const std::vector<double>& row_scales,
+                                   std::vector<uint8_t>* codes) const {
+  const stages::Codebook& codebook = *stages::CodebookOf(code);
+  const auto d = static_cast<uint32_t>(residual_.cols());
+  std::vector<uint8_t> digits;
   double error = 0;
   for (Eigen::Index t = 0; t < residual_.rows(); ++t) {
     const double scale = row_scales[static_cast<size_t>(t)];
@@ -190,6 +200,29 @@ double ReferenceStages::CodeResidual(Family family, BlockCode code, std::vector<
     error += sums.Error(scale);
   }
   stages::PackDigits(code, digits, codes);
+  return error;
+}
+
+double ReferenceStages::CodeTrellis(const stages::TrellisCode& code,
+                                    const std::vector<double>& row_scales,
+                                    std::vector<uint8_t>* codes) const {
+  const auto count = static_cast<size_t>(residual_.size());
+  const auto d = static_cast<size_t>(residual_.cols());
+  std::vector<double> x(stages::RunsOf(count) * stages::kRunValues);
+  for (size_t i = 0; i < count; ++i) {
+    const double scale = row_scales[i / d];
+    x[i] = scale > 0 ? residual_.data()[i] / scale : 0;
+  }
+  std::vector<int8_t> levels(x.size());
+  const auto scratch = std::make_unique<stages::TrellisScratch<double>>();
+  stages::CodeTrellisRuns<double>(stages::TrellisBranches<double>(code), x,
+                                  stages::PlainTrellisLoops<double>(), scratch.get(), levels.data(),
+                                  codes);
+  double error = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const double level = double{stages::kTrellisUnit} * levels[i] * row_scales[i / d];
+    error += (residual_.data()[i] - level) * (residual_.data()[i] - level);
+  }
   return error;
 }
 

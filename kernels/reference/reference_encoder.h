@@ -9,6 +9,7 @@
 #include "block_plan.h"
 #include "kvshrink/codec.h"
 #include "stages/rank_rule.h"
+#include "stages/trellis.h"
 
 namespace kvshrink::reference {
 
@@ -39,6 +40,11 @@ class ReferenceStages {
   Matrix CodeKvsFactors(const Spectrum& spectrum, const stages::RankChoice& choice,
                         Backend::BlockOutput* out) const;
   void Rotate(Matrix* rows) const;
+  // The coded rows against the scales that a decoder gets. Return the sum of squared error.
+  double CodeDigits(BlockCode code, const std::vector<double>& row_scales,
+                    std::vector<uint8_t>* codes) const;
+  double CodeTrellis(const stages::TrellisCode& code, const std::vector<double>& row_scales,
+                     std::vector<uint8_t>* codes) const;
 
   bool exact_;
   uint32_t raw_rows_ = 0;

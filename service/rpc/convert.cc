@@ -18,7 +18,7 @@ static_assert(static_cast<int>(RopePairing::kGptj) + 1 == v1::ROPE_PAIRING_GPTJ)
 static_assert(static_cast<int>(RopeScaling::kYarnUntruncated) + 1 ==
               v1::ROPE_SCALING_YARN_UNTRUNCATED);
 static_assert(static_cast<int>(Profile::kRaw) + 1 == v1::PROFILE_RAW);
-static_assert(static_cast<int>(Profile::kKvs4) + 1 == v1::PROFILE_KVS4);
+static_assert(static_cast<int>(Profile::kKvs3t) + 1 == v1::PROFILE_KVS3T);
 
 void FillKind(const KindReport& report, v1::KindStats* out) {
   out->set_bits_per_entry(report.bits_per_entry());
@@ -50,7 +50,7 @@ absl::StatusOr<Profile> ToProfile(v1::Profile profile, std::string_view field) {
   if (profile == v1::PROFILE_UNSPECIFIED) {
     return kDefaultProfile;
   }
-  if (profile < v1::PROFILE_RAW || profile > v1::PROFILE_KVS4) {
+  if (profile < v1::PROFILE_RAW || profile > v1::PROFILE_KVS3T) {
     return BadArgument(field, static_cast<int>(profile), "is no profile of this build");
   }
   return static_cast<Profile>(profile - 1);

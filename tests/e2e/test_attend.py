@@ -16,7 +16,7 @@ from support import Array, attention, chunk_of, layers_of
 TOLERANCE = 2e-5
 
 
-@pytest.fixture(params=["raw", "fp8", "tq2", "eoptshrinkq2", "kvs2", "kvs4", "kvs2 rope"])
+@pytest.fixture(params=["raw", "fp8", "tq2", "eoptshrinkq2", "kvs2", "kvs4", "kvs2 rope", "kvs2t"])
 def stored(request: Any, client: Client, qwen: dict[str, Array], namespace: str) -> Any:
     """Two chunks of 200 tokens; the namespace, keys, and K, V and Q of one layer as decoded."""
     layers = layers_of(qwen)[:2]

@@ -20,6 +20,7 @@ from kvs_shard import (
     LEVELS,
     PLAIN_BITS,
     RAW,
+    RUN_BYTES,
     ZERO,
     Block,
     Bytes,
@@ -35,6 +36,8 @@ Floats = npt.NDArray[np.float64]
 Output = npt.NDArray[np.float32]
 
 FORMAT_MD = Path(os.environ.get("KVSHRINK_FORMAT_MD", Path(__file__).resolve().parents[2] / "proto" / "FORMAT.md"))
+
+TRELLIS_TABLES = FORMAT_MD.with_name("trellis_tables.txt")
 
 
 def read_levels(document: Path = FORMAT_MD) -> dict[int, Floats]:
@@ -56,6 +59,29 @@ def read_levels(document: Path = FORMAT_MD) -> dict[int, Floats]:
 
 
 L = read_levels()
+
+
+class Trellis(NamedTuple):
+    values: int  # of a step
+    free_bits: int  # of a step
+    table: Floats  # [entry, value]
+
+
+def read_trellises(document: Path = TRELLIS_TABLES) -> dict[int, Trellis]:
+    """The tables of section 5.5, by code."""
+    trellises: dict[int, Trellis] = {}
+    lines = [line for line in document.read_text("utf-8").splitlines() if not line.startswith("#")]
+    for part in re.split(r"^(?=code )", "\n".join(lines), flags=re.M)[1:]:
+        head, _, numbers = part.partition("\n")
+        _, code, _, values, _, free_bits = head.split()
+        table = np.array(numbers.split(), np.float64).reshape(-1, int(values)) / 32
+        if len(table) != 1 << (6 + int(values) + int(free_bits)):
+            raise ValueError(f"{document}: table {code} has {len(table)} entries")
+        trellises[int(code)] = Trellis(int(values), int(free_bits), table)
+    return trellises
+
+
+TRELLISES = read_trellises()
 
 
 def e4m3_table() -> Floats:
@@ -141,6 +167,20 @@ def residual_digits(shard: Shard, block: Block) -> Ints:
     return columns.reshape(-1)[:count].reshape(block.m, d)
 
 
+def trellis_values(data: Bytes, code: int, m: int, d: int) -> Floats:
+    """Values of the coded rows, m x d: section 5.5."""
+    values, free_bits, table = TRELLISES[code]
+    runs = data.reshape(-1, RUN_BYTES[code])
+    steps = 128 // values
+    coded = np.unpackbits(runs[:, :16], axis=1, bitorder="little").astype(np.int64)
+    free = np.unpackbits(runs[:, 16:], axis=1, bitorder="little").astype(np.int64).reshape(len(runs), steps, free_bits)
+    width = 6 + values
+    places = (values * np.arange(steps)[:, None] + np.arange(width)) % 128
+    entries = coded[:, places] @ (1 << np.arange(width)) + (free @ (1 << np.arange(free_bits)) << width)
+    rows: Floats = table[entries].reshape(-1)[: m * d].reshape(m, d)
+    return rows
+
+
 def finite_fp16(data: Bytes, field: str) -> Floats:
     values = data.view("<f2").astype(np.float64)
     if not np.isfinite(values).all():
@@ -170,8 +210,11 @@ def kvs_residual(shard: Shard, block: Block) -> Floats:
     require(1 <= step <= 64, f"block[{block.number}].scale", step, "the step must be 1..64")
     offsets = bit_fields(record[2:], 0, 4, block.m)
     gains = np.where(offsets == 15, 0.0, scale8(record[0]) * np.exp2(-offsets * step / 16))
-    levels = L[LEVELS[block.code]][residual_digits(shard, block)]
-    return gains[:, None] * (levels @ rotation(1, d))
+    if block.code in RUN_BYTES:
+        values = trellis_values(shard.data[block.codes], block.code, block.m, d)
+    else:
+        values = L[LEVELS[block.code]][residual_digits(shard, block)]
+    return gains[:, None] * (values @ rotation(1, d))
 
 
 def eoptshrinkq_low(shard: Shard, block: Block) -> Floats:

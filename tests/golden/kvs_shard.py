@@ -24,8 +24,8 @@ BLOCK_TOKENS = 128
 MAX_ENTRIES = 1 << 27
 FLAG_KEYS_ONLY = 1
 
-PROFILES = ("raw", "fp8", "tq2", "tq3", "tq4", "eoptshrinkq2", "kvs2", "kvs3", "kvs4")
-FAMILIES = ("raw", "fp8", "tq", "tq", "tq", "eoptshrinkq", "kvs", "kvs", "kvs")
+PROFILES = ("raw", "fp8", "tq2", "tq3", "tq4", "eoptshrinkq2", "kvs2", "kvs3", "kvs4", "kvs2t", "kvs3t")
+FAMILIES = ("raw", "fp8", "tq", "tq", "tq", "eoptshrinkq", "kvs", "kvs", "kvs", "kvs", "kvs")
 DTYPES = ("fp32", "fp16", "bf16", "fp8_e4m3")
 DTYPE_BYTES = (4, 2, 2, 1)
 
@@ -34,12 +34,13 @@ FLAG_PADDED = 2
 LEVELS = {16: 3, 17: 4, 18: 5, 19: 6, 20: 8, 21: 12, 22: 16}  # code -> levels of its alphabet
 PLAIN_BITS = {17: 2, 20: 3, 22: 4}  # code -> bits of a digit
 GROUPS = {16: (5, 8), 18: (3, 7), 19: (5, 13), 21: (5, 18)}  # code -> digits of a group, bits of its field
+RUN_BYTES = {32: 24, 33: 32, 34: 40, 35: 48}  # code of a trellis -> bytes of its runs of 128 values
 CODES_OF_FAMILY = {
     "raw": {ZERO, RAW},
     "fp8": {ZERO, RAW, FP8},
     "tq": {ZERO, RAW, 17, 20, 22},
     "eoptshrinkq": {ZERO, RAW, 17, 20, 22},
-    "kvs": {ZERO, RAW, *LEVELS},
+    "kvs": {ZERO, RAW, *LEVELS, *RUN_BYTES},
 }
 
 
@@ -156,7 +157,7 @@ def check_index(header: Header, index: npt.NDArray[Any], n: Ints, m: Ints) -> No
     """Section 4. Entries are checked in order, and the fields of an entry in the order of their offsets."""
     exponent, code = index["exponent"].astype(int), index["code"].astype(int)
     rank, factor_bytes = index["rank"].astype(int), index["factor_bytes"].astype(int)
-    may_have_factors = np.isin(code, list(LEVELS)) & (header.family in ("eoptshrinkq", "kvs"))
+    may_have_factors = (code >= 16) & (header.family in ("eoptshrinkq", "kvs"))
     max_rank = np.minimum(np.minimum(n, header.head_dim), 127) * may_have_factors
     bad_factor_bytes = (rank == 0) & (factor_bytes != 0)
     if header.family == "eoptshrinkq":
@@ -194,6 +195,8 @@ def codes_bytes_of(header: Header, code: Ints, m: Ints) -> Ints:
     for value, (digits, bits) in GROUPS.items():
         groups = (entries[code == value] + digits - 1) // digits
         sizes[code == value] = (bits * groups + 7) // 8
+    for value, run_bytes in RUN_BYTES.items():
+        sizes[code == value] = (entries[code == value] + 127) // 128 * run_bytes
     return sizes
 
 

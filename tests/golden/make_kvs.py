@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from xxh64 import section_checksum, xxh64
 
-PROFILE_ID = {"raw": 0, "fp8": 1, "tq2": 2, "tq3": 3, "tq4": 4, "eoptshrinkq2": 5, "kvs2": 6, "kvs3": 7, "kvs4": 8}
+PROFILE_ID = {"raw": 0, "fp8": 1, "tq2": 2, "tq3": 3, "tq4": 4, "eoptshrinkq2": 5}
+PROFILE_ID |= {"kvs2": 6, "kvs3": 7, "kvs4": 8, "kvs2t": 9, "kvs3t": 10}
 
 
 class BitWriter:

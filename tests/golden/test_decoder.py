@@ -19,7 +19,7 @@ import pytest
 
 import make_kvs as make
 from decode_kvs import FormatError, decode_bytes, decode_file, decode_shard
-from kvs_blocks import L, e4m3_table
+from kvs_blocks import TRELLISES, L, e4m3_table
 from make_kvs import Block, FileSpec, ShardSpec, make_file, make_shard
 from xxh64 import xxh64
 
@@ -59,14 +59,31 @@ def test_rotation_of_the_maker_is_orthogonal(d: int) -> None:
     np.testing.assert_allclose(back, x, atol=1e-12)
 
 
+LEVELS_OF = {16: 3, 17: 4, 18: 5, 19: 6, 20: 8, 21: 12, 22: 16}  # by code
+
+
 def digits(rng: random.Random, levels: int, count: int) -> list[int]:
     return [rng.randrange(levels) for _ in range(count)]
 
 
 def residual_rows(code: int, chosen: Sequence[int], d: int) -> list[list[float]]:
-    table = L[{16: 3, 17: 4, 18: 5, 19: 6, 20: 8, 21: 12, 22: 16}[code]]
+    table = L[LEVELS_OF[code]]
     rows = [chosen[start : start + d] for start in range(0, len(chosen), d)]
     return [make.unrotate(1, [float(table[c]) for c in row]) for row in rows]
+
+
+def trellis_rows(code: int, codes: bytes, m: int, d: int) -> list[list[float]]:
+    """Bit by bit. The shape of each code is written here once more."""
+    values, free_bits = {32: (2, 1), 33: (1, 1), 34: (2, 3), 35: (1, 2)}[code]
+    run_bytes = 16 + 128 // values * free_bits // 8
+    out: list[float] = []
+    for start in range(0, len(codes), run_bytes):
+        bits = [byte >> i & 1 for byte in codes[start : start + run_bytes] for i in range(8)]
+        for step in range(128 // values):
+            window = sum(bits[(values * step + i) % 128] << i for i in range(6 + values))
+            free = sum(bits[128 + free_bits * step + i] << i for i in range(free_bits))
+            out += [float(value) for value in TRELLISES[code].table[(free << 6 + values) + window]]
+    return [make.unrotate(1, out[t * d : (t + 1) * d]) for t in range(m)]
 
 
 @dataclasses.dataclass
@@ -83,7 +100,13 @@ def kvs_shard(code: int, d: int, n: int, raw_rows: int, exponent: int, parts: Se
     raw = [[rng.choice([-2.5, 0.0, 1.25]) for _ in range(d)] for _ in range(raw_rows)]
     factors = [(x, y, rng.randrange(170, 200), digits(rng, 2**x, n), digits(rng, 2**y, d)) for x, y in parts]
     offsets = [rng.randrange(16) for _ in range(m - 1)] + [15]
-    chosen = digits(rng, {16: 3, 17: 4, 18: 5, 19: 6, 20: 8, 21: 12, 22: 16}[code], m * d)
+    if code in LEVELS_OF:
+        chosen = digits(rng, LEVELS_OF[code], m * d)
+        codes = make.pack_digits(code, chosen)
+        residual = residual_rows(code, chosen, d)
+    else:
+        codes = rng.randbytes(-(-m * d // 128) * {32: 24, 33: 32, 34: 40, 35: 48}[code])
+        residual = trellis_rows(code, codes, m, d)
     low = np.zeros((n, d))
     for x, y, scale, token, channel in factors:
         u = [float(L[2**y][c]) for c in channel]
@@ -93,12 +116,12 @@ def kvs_shard(code: int, d: int, n: int, raw_rows: int, exponent: int, parts: Se
         low += np.outer(a, v)
     step = 1 + code
     gains = [0.0 if o == 15 else 2 ** ((180 - 191) / 8) * 2 ** (-o * step / 16) for o in offsets]
-    rows = low[raw_rows:] + np.array(gains)[:, None] * residual_rows(code, chosen, d)
+    rows = low[raw_rows:] + np.array(gains)[:, None] * residual
     record = bytes([180, step]) + make.pack_offsets(offsets)
     raw_bytes = np.array(raw, np.float16).tobytes()
     block = Block(
         raw=raw_bytes, code=code, exponent=exponent, rank=len(parts), factors=make.pack_kvs_factors(factors),
-        scales=record, codes=make.pack_digits(code, chosen),
+        scales=record, codes=codes,
     )  # fmt: skip
     shard = make_shard(ShardSpec([block, Block(raw=raw_bytes)], head_dim=d, tokens=n, raw_rows=raw_rows))
     head = np.array(raw).reshape(raw_rows, d)
@@ -106,8 +129,8 @@ def kvs_shard(code: int, d: int, n: int, raw_rows: int, exponent: int, parts: Se
     return Made(shard, k[:, None], np.concatenate([head, 2.0**exponent * low[raw_rows:]])[:, None])
 
 
-@pytest.mark.parametrize("code", [16, 17, 18, 19, 20, 21, 22])
-@pytest.mark.parametrize(("d", "n", "raw_rows"), [(4, 3, 1), (5, 7, 0), (12, 6, 2), (1, 2, 0)])
+@pytest.mark.parametrize("code", [16, 17, 18, 19, 20, 21, 22, 32, 33, 34, 35])
+@pytest.mark.parametrize(("d", "n", "raw_rows"), [(4, 3, 1), (5, 7, 0), (12, 6, 2), (1, 2, 0), (30, 10, 1)])
 def test_kvs_block(code: int, d: int, n: int, raw_rows: int) -> None:
     made = kvs_shard(code, d, n, raw_rows, exponent=-3, parts=[(3, 5), (2, 8)][: min(n, d)])
     decoded = decode_shard(made.shard)
@@ -208,7 +231,7 @@ BAD_SHARDS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("magic", {"magic": b"KVS2"}, {}),
     ("version", {"version": 2}, {}),
     ("header_checksum", {"header_checksum": 1}, {}),
-    ("profile", {"profile": 9}, {}),
+    ("profile", {"profile": 11}, {}),
     ("dtype", {"dtype": 4}, {}),
     ("head_dim", {"head_dim": 0}, {}),
     ("head_dim", {"head_dim": 513}, {}),
@@ -233,7 +256,7 @@ BAD_SHARDS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("extension.type", {"extensions": bytes(8)}, {}),
     ("index[0].exponent", {}, {"exponent": -127}),
     ("index[0].code", {}, {"code": 2}),
-    ("index[0].code", {}, {"code": 32}),
+    ("index[0].code", {}, {"code": 36}),
     ("index[0].rank", {}, {"rank": 4}),
     ("index[0].reserved", {}, {"reserved": 1}),
     ("index[0].factor_bytes", {}, {"factor_bytes": 1}),

@@ -19,16 +19,36 @@ enum class Profile : uint8_t {
   kKvs2 = 6,
   kKvs3 = 7,
   kKvs4 = 8,
+  kKvs2t = 9,
+  kKvs3t = 10,
 };
 
 // What a block's record is made of.
 enum class Family : uint8_t { kRaw, kFp8, kTq, kEOptShrinkQ, kKvs };
 
+// How the coded rows of a block are stored (proto/FORMAT.md section 4).
+enum class BlockCode : uint8_t {
+  kZero = 0,
+  kRaw = 1,
+  kFp8 = 2,
+  kLevels3 = 16,
+  kLevels4 = 17,
+  kLevels5 = 18,
+  kLevels6 = 19,
+  kLevels8 = 20,
+  kLevels12 = 21,
+  kLevels16 = 22,
+  kTrellis15 = 32,  // 1.5 bits a value
+  kTrellis20 = 33,
+  kTrellis25 = 34,
+  kTrellis30 = 35,
+};
+
 struct ProfileInfo {
   Profile profile;
   std::string_view name;
   Family family;
-  int levels;  // of the residual's alphabet; 0 where there is none
+  BlockCode code;  // of most blocks
   std::string_view summary;
 };
 

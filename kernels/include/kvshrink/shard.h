@@ -18,20 +18,6 @@ namespace kvshrink {
 
 enum class Kind : uint8_t { kKey = 0, kValue = 1 };
 
-// How the coded rows of a block are stored (proto/FORMAT.md section 4).
-enum class BlockCode : uint8_t {
-  kZero = 0,
-  kRaw = 1,
-  kFp8 = 2,
-  kLevels3 = 16,
-  kLevels4 = 17,
-  kLevels5 = 18,
-  kLevels6 = 19,
-  kLevels8 = 20,
-  kLevels12 = 21,
-  kLevels16 = 22,
-};
-
 // A block's part of a section is padded to whole 32-bit words.
 constexpr size_t PaddedBytes(size_t bytes) { return (bytes + 3) / 4 * 4; }
 

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <set>
 
 #include "blocks.h"
 
@@ -28,7 +29,8 @@ TEST(Quality, RateAndErrorOnRealKeysAndValues) {
   const Bound kSmol[] = {
       {Profile::kFp8, 8.03, 0.00073, 0.00073},        {Profile::kTq2, 2.30, 0.110, 0.117},
       {Profile::kEOptShrinkQ2, 2.61, 0.0582, 0.0908}, {Profile::kKvs2, 2.17, 0.0246, 0.146},
-      {Profile::kKvs3, 3.17, 0.0075, 0.0442},         {Profile::kKvs4, 4.17, 0.00209, 0.0124}};
+      {Profile::kKvs3, 3.17, 0.0075, 0.0442},         {Profile::kKvs4, 4.17, 0.00209, 0.0124},
+      {Profile::kKvs2t, 2.07, 0.0190, 0.1131},        {Profile::kKvs3t, 3.07, 0.00483, 0.0288}};
   const auto backend = MakeCpuBackend(2);
   for (const Bound& bound : kSmol) {
     ShardReport total;
@@ -148,6 +150,34 @@ TEST(Reports, EncodersErrorIsWhatADecoderMeasures) {
     }
     EXPECT_EQ(report.encoded_bytes, bytes.size());
     EXPECT_EQ(report.k.bytes + report.v.bytes, bytes.size());
+  }
+}
+
+// The codes that a profile's blocks have under tighter and tighter bounds.
+TEST(Bound, TrellisProfilesClimbTheTrellisThenTheAlphabets) {
+  const Tensor k = testing::SmolLayer("k", 12);
+  const Tensor v = testing::SmolLayer("v", 12);
+  const auto backend = MakeCpuBackend(2);
+  using enum BlockCode;
+  for (const auto& [profile, ladder] :
+       {std::pair(Profile::kKvs2t, std::set<BlockCode>{kTrellis15, kTrellis20, kTrellis25,
+                                                       kTrellis30, kLevels12, kLevels16, kRaw}),
+        std::pair(Profile::kKvs3t,
+                  std::set<BlockCode>{kTrellis25, kTrellis30, kLevels12, kLevels16, kRaw})}) {
+    std::set<BlockCode> seen;
+    for (const double bound : {0.3, 0.1, 0.06, 0.04, 0.03, 0.02, 0.015, 0.01, 0.007, 0.004, 1e-9}) {
+      EncodeOptions options = OptionsOf(profile);
+      options.max_relative_error = bound;
+      ShardReport report;
+      const std::string bytes = Encode(*backend, k, v, options, &report);
+      EXPECT_LE(report.v.max_block_relative_error, bound);
+      const auto shard = Shard::Parse(bytes);
+      ASSERT_TRUE(shard.ok()) << shard.status();
+      for (const BlockView& block : shard->blocks()) {
+        seen.insert(block.code);
+      }
+    }
+    EXPECT_EQ(seen, ladder) << GetProfileInfo(profile).name;
   }
 }
 

@@ -86,7 +86,7 @@ TEST(HostileShard, EachFieldOfTheHeader) {
       {at::kMagic, 1, 'X', "magic"},
       {at::kVersion, 2, 2, "version"},
       {at::kVersion, 2, 0, "version"},
-      {at::kProfile, 1, 9, "profile"},
+      {at::kProfile, 1, 11, "profile"},
       {at::kProfile, 1, 255, "profile"},
       {at::kDType, 1, 4, "dtype"},
       {at::kHeadDim, 2, 0, "head_dim"},
@@ -153,7 +153,9 @@ TEST(HostileShard, EachFieldOfTheIndex) {
   };
   ExpectError(with_entry(0, 0x80), "index[0].exponent");
   ExpectError(with_entry(1, 3), "index[0].code");
-  ExpectError(with_entry(1, 40), "index[0].code");
+  ExpectError(with_entry(1, 23), "index[0].code");
+  ExpectError(with_entry(1, 31), "index[0].code");
+  ExpectError(with_entry(1, 36), "index[0].code");
   ExpectError(with_entry(1, 2), "index[0].code");  // fp8 in a kvs shard
   ExpectError(with_entry(2, 17), "index[0].rank");
   ExpectError(with_entry(2, 0), "index[0].factor_bytes");
@@ -164,7 +166,18 @@ TEST(HostileShard, EachFieldOfTheIndex) {
   ExpectError(none, "index[0].factor_bytes");
   ExpectError(with_entry(4, static_cast<uint8_t>(good[bounds.index + 4] + 4)), "low_bytes");
   ExpectError(with_entry(1, 17), "codes_bytes");
+  ExpectError(with_entry(1, 32), "codes_bytes");
   ExpectError(with_entry(6 + 1, 0), "index[1].exponent");  // zero blocks have no exponent
+}
+
+TEST(HostileShard, TrellisCodesBelongToOneFamily) {
+  for (const Profile profile : {Profile::kTq2, Profile::kEOptShrinkQ2}) {
+    std::string bad = Encoded(profile);
+    const Bounds bounds = BoundsOf(bad);
+    Data(&bad)[bounds.index + 1] = 33;
+    Sign(bounds, &bad);
+    ExpectError(bad, "index[0].code");
+  }
 }
 
 TEST(HostileShard, FactorRecordsThatContradictThemselves) {

@@ -46,6 +46,22 @@ TEST(RateTarget, IsKeptAndNearlySpent) {
   }
 }
 
+TEST(RateTarget, TrellisProfilesChooseTrellisCodes) {
+  const Tensor k = testing::QwenLayer("k", 8);
+  const Tensor v = testing::QwenLayer("v", 8);
+  for (const double bits : {2.0, 3.0, 4.2}) {
+    ShardReport levels;
+    ASSERT_TRUE(Encode(k, v, AtRate(bits), &levels).ok());
+    for (const Profile profile : {Profile::kKvs2t, Profile::kKvs3t}) {
+      ShardReport trellis;
+      const auto bytes = Encode(k, v, AtRate(bits, profile), &trellis);
+      ASSERT_TRUE(bytes.ok()) << bytes.status();
+      EXPECT_LE(bytes->size(), ShardBytesAt(k.shape, bits));
+      EXPECT_LT(ErrorSum(trellis), (bits < 4 ? 0.85 : 1.02) * ErrorSum(levels)) << bits;
+    }
+  }
+}
+
 TEST(RateTarget, FixedSizeIsTheSizeForAllChunks) {
   const TensorShape shape{256, 2, 64};
   const uint64_t expected = ShardBytesAt(shape, 2.5);

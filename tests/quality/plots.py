@@ -29,7 +29,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """Rows that belong together. Colours are Okabe and Ito's; shapes differ too."""
+    """Rows that belong together. Colours are Okabe and Ito's and a dark purple; shapes differ too."""
 
     label: str
     chosen: Callable[[Row], bool]
@@ -63,10 +63,12 @@ def _named(*codecs: str, rope: bool = False, rate: bool = False) -> Callable[[Ro
     return chosen
 
 
-_BLUE, _RED = "#0072B2", "#D55E00"
+_BLUE, _RED, _PURPLE = "#0072B2", "#D55E00", "#661177"
 SERIES = (
     Series("kvs2, kvs3, kvs4", _named("kvs2", "kvs3", "kvs4"), _BLUE, "o", "-"),
     Series("kvs with rope", _named("kvs2", "kvs3", "kvs4", rope=True), _BLUE, "v", "--"),
+    Series("kvs2t, kvs3t (trellis)", _named("kvs2t", "kvs3t"), _PURPLE, "h", "-"),
+    Series("kvs trellis, with rope", _named("kvs2t", "kvs3t", rope=True), _PURPLE, "<", "--"),
     Series("kvs at a rate", _named("kvs2", rate=True), _RED, "s", "-"),
     Series("kvs at a rate, with rope", _named("kvs2", rope=True, rate=True), _RED, "D", "--"),
     Series("eoptshrinkq2 (paper, literal)", _named("eoptshrinkq2"), "#000000", "*"),

@@ -49,7 +49,7 @@ class Setting:
 
 SETTINGS = (
     *(Setting(name) for name in ("raw", "fp8", "tq2", "tq3", "tq4", "eoptshrinkq2")),
-    *(Setting(name, rope) for rope in (False, True) for name in ("kvs2", "kvs3", "kvs4")),
+    *(Setting(name, rope) for rope in (False, True) for name in ("kvs2", "kvs3", "kvs4", "kvs2t", "kvs3t")),
     *(Setting("kvs2", rope, bits) for rope in (False, True) for bits in RATES),
 )
 
@@ -60,6 +60,8 @@ def profile_row(trace: Trace, setting: Setting, binary: Path) -> Row:
     (found,) = evaluate_trace(trace.path, [setting.profile], binary=binary, rope=rope, bits=setting.bits).profiles
     if found.logit_rmse is None or found.attention_rel_error is None or found.attention_kl is None:
         raise ValueError(f"trace '{trace.name}' has no queries: attention can't be measured")
+    if found.bits_per_entry_v is None or found.rel_mse_v is None:
+        raise ValueError(f"trace '{trace.name}' has keys only: the table is of keys and values")
     ranked = setting.profile.startswith(("kvs", "eoptshrink"))
     return Row(
         trace=trace.name,

@@ -101,6 +101,7 @@ def checks(rows: Sequence[Row]) -> list[Check]:
     table = Table(rows)
     return [
         *_against_the_paper(table, "kvs2", "", 0.3, 0.8, 0.6),
+        *_against_the_paper(table, "kvs2t", "rope", 0.38, 0.7, 0.45),
         *_against_turboquant(table),
         *_rates(table),
     ]

@@ -6,9 +6,9 @@
 
 #include "format/layout.h"
 #include "gather.h"
+#include "key_space.h"
 #include "kvshrink/attention.h"
 #include "kvshrink/error.h"
-#include "rope_rows.h"
 #include "stages/rotate.h"
 
 namespace kvshrink {
@@ -20,8 +20,10 @@ using Map = Eigen::Map<const Matrix>;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // The queries of one kv head: row i * group + g is query i of the group's query head g.
+// Keys that are raw meet them as they are, coded ones in the space where keys are coded.
 struct HeadQueries {
   Matrix plain;
+  Matrix coded;
   Matrix rotated;
 };
 
@@ -29,16 +31,21 @@ uint32_t GroupSize(const AttentionParams& params, uint32_t kv_heads) {
   return params.q_heads / kv_heads;
 }
 
-HeadQueries QueriesOf(const AttentionParams& params, uint32_t kv_heads, uint32_t head, uint32_t d,
-                      const float* q) {
-  const uint32_t group = GroupSize(params, kv_heads);
+HeadQueries QueriesOf(const AttentionParams& params, const ShardHeader& header,
+                      const KeySpace& key_space, uint32_t head, const float* q) {
+  const uint32_t group = GroupSize(params, header.shape.kv_heads);
+  const uint32_t d = header.shape.head_dim;
   HeadQueries queries;
   queries.plain.resize(Eigen::Index{params.queries} * group, d);
   for (uint32_t i = 0; i < params.queries; ++i) {
     const float* rows = q + (size_t{i} * params.q_heads + size_t{head} * group) * d;
     std::copy(rows, rows + size_t{group} * d, queries.plain.row(Eigen::Index{i} * group).data());
   }
-  queries.rotated = queries.plain;
+  queries.coded = queries.plain;
+  if (key_space.weighs() && !key_space.has_rope()) {
+    key_space.Unweigh(head, static_cast<uint32_t>(queries.coded.rows()), queries.coded.data());
+  }
+  queries.rotated = queries.coded;
   const stages::Rotation<float> rotation(stages::kRowSeed, d);
   for (Eigen::Index i = 0; i < queries.rotated.rows(); ++i) {
     rotation.Apply(queries.rotated.row(i).data());
@@ -52,12 +59,15 @@ struct OpenBlock {
   Matrix raw;
   Matrix token, channel, residual;
   bool rotated = false;
+  bool decoded = false;  // the residual is the rows themselves
 };
 
-// Keys under a rotary embedding are turned in their own basis, so they are decoded: once for all
-// queries, where turning each query back token by token would take as long for every one of them.
+// Keys of a basis alone stay as coded: a metric is the same for all tokens, so queries take it
+// once. Keys under a rotary embedding are turned in their own basis, so they are decoded: once for
+// all queries, where turning each query back token by token would take as long for every one of
+// them.
 absl::StatusOr<OpenBlock> Open(const Backend& backend, const Shard& shard, const BlockView& block,
-                               const RopeRows* rope) {
+                               const KeySpace& key_space) {
   const ShardHeader& header = shard.header();
   const uint32_t d = header.shape.head_dim;
   OpenBlock open;
@@ -69,14 +79,16 @@ absl::StatusOr<OpenBlock> Open(const Backend& backend, const Shard& shard, const
              open.residual.data());
     open.token.resize(block.coded_rows(), 0);
     open.channel.resize(0, d);
+    open.decoded = true;
     return open;
   }
   const Family family = GetProfileInfo(header.profile).family;
-  if (rope != nullptr) {
+  if (block.kind == Kind::kKey && key_space.has_rope()) {
     open.residual.resize(block.coded_rows(), d);
     KVSHRINK_RETURN_IF_ERROR(
         backend.DecodeBlock(family, block, d, DecodeForm::kFull, open.residual.data()));
-    rope->Redo(block, open.residual.data());
+    key_space.Leave(block, open.residual.data());
+    open.decoded = true;
     open.token.resize(block.coded_rows(), 0);
     open.channel.resize(0, d);
     return open;
@@ -95,9 +107,10 @@ Matrix Products(const OpenBlock& keys, const HeadQueries& queries) {
   Matrix products(queries.plain.rows(), keys.raw.rows() + keys.residual.rows());
   products.leftCols(keys.raw.rows()) = queries.plain * keys.raw.transpose();
   auto coded = products.rightCols(keys.residual.rows());
-  coded = (keys.rotated ? queries.rotated : queries.plain) * keys.residual.transpose();
+  const Matrix& own = keys.decoded ? queries.plain : keys.rotated ? queries.rotated : queries.coded;
+  coded = own * keys.residual.transpose();
   if (keys.token.cols() > 0) {
-    coded += (queries.plain * keys.channel.transpose()) * keys.token.transpose();
+    coded += (queries.coded * keys.channel.transpose()) * keys.token.transpose();
   }
   return products;
 }
@@ -129,8 +142,8 @@ void ToLogits(const AttentionParams& params, uint32_t group, uint32_t d, int64_t
 
 absl::StatusOr<Matrix> BlockLogits(const Backend& backend, const Shard& shard,
                                    const AttentionParams& params, const HeadQueries& queries,
-                                   const RopeRows* rope, const BlockView& block) {
-  absl::StatusOr<OpenBlock> keys = Open(backend, shard, block, rope);
+                                   const KeySpace& key_space, const BlockView& block) {
+  absl::StatusOr<OpenBlock> keys = Open(backend, shard, block, key_space);
   KVSHRINK_RETURN_IF_ERROR(keys.status());
   Matrix logits = Products(*keys, queries);
   const ShardHeader& header = shard.header();
@@ -206,21 +219,22 @@ absl::Status ValidateAttention(const AttentionParams& params, const ShardHeader&
 }
 
 absl::Status AttentionScores(const Backend& backend, const Shard& shard,
-                             const AttentionParams& params, const float* q, float* logits) {
+                             const AttentionParams& params, const float* q, float* logits,
+                             const Basis* basis) {
   const ShardHeader& header = shard.header();
   KVSHRINK_RETURN_IF_ERROR(ValidateAttention(params, header));
   if (shard.preview()) {
     return BadArgument("shard", "preview", "attention needs the whole shard");
   }
   const uint32_t group = GroupSize(params, header.shape.kv_heads);
-  const std::optional<RopeRows> rope = RopeRowsOf(header);
+  KVSHRINK_RETURN_IF_ERROR(CheckBasisOf(header, basis));
+  const KeySpace key_space(header, basis);
   for (uint32_t head = 0; head < header.shape.kv_heads; ++head) {
-    const HeadQueries queries =
-        QueriesOf(params, header.shape.kv_heads, head, header.shape.head_dim, q);
+    const HeadQueries queries = QueriesOf(params, header, key_space, head, q);
     for (uint32_t b = 0; b < header.blocks_per_head(); ++b) {
       const BlockView& block = shard.block(Kind::kKey, head, b);
       const absl::StatusOr<Matrix> part =
-          BlockLogits(backend, shard, params, queries, rope ? &*rope : nullptr, block);
+          BlockLogits(backend, shard, params, queries, key_space, block);
       KVSHRINK_RETURN_IF_ERROR(part.status());
       for (Eigen::Index i = 0; i < part->rows(); ++i) {
         const size_t query = static_cast<size_t>(i) / group;
@@ -240,7 +254,8 @@ AttentionAccumulator::AttentionAccumulator(const AttentionParams& params, uint32
       output_(size_t{params.queries} * params.q_heads * head_dim),
       lse_(size_t{params.queries} * params.q_heads, kMinusInfinity) {}
 
-absl::Status AttentionAccumulator::Add(const Backend& backend, const Shard& shard, const float* q) {
+absl::Status AttentionAccumulator::Add(const Backend& backend, const Shard& shard, const float* q,
+                                       const Basis* basis) {
   const ShardHeader& header = shard.header();
   KVSHRINK_RETURN_IF_ERROR(ValidateAttention(params_, header));
   if (header.shape.head_dim != head_dim_) {
@@ -257,17 +272,17 @@ absl::Status AttentionAccumulator::Add(const Backend& backend, const Shard& shar
   std::vector<float> lse(lse_.size());
   const uint32_t group = GroupSize(params_, header.shape.kv_heads);
   const stages::Rotation<float> rotation(stages::kRowSeed, head_dim_);
-  const std::optional<RopeRows> rope = RopeRowsOf(header);
+  KVSHRINK_RETURN_IF_ERROR(CheckBasisOf(header, basis));
+  const KeySpace key_space(header, basis);
   for (uint32_t head = 0; head < header.shape.kv_heads; ++head) {
-    const HeadQueries queries = QueriesOf(params_, header.shape.kv_heads, head, head_dim_, q);
+    const HeadQueries queries = QueriesOf(params_, header, key_space, head, q);
     HeadState state(queries.plain.rows(), head_dim_);
     for (uint32_t b = 0; b < header.blocks_per_head(); ++b) {
-      absl::StatusOr<Matrix> weights =
-          BlockLogits(backend, shard, params_, queries, rope ? &*rope : nullptr,
-                      shard.block(Kind::kKey, head, b));
+      absl::StatusOr<Matrix> weights = BlockLogits(backend, shard, params_, queries, key_space,
+                                                   shard.block(Kind::kKey, head, b));
       KVSHRINK_RETURN_IF_ERROR(weights.status());
       const absl::StatusOr<OpenBlock> values =
-          Open(backend, shard, shard.block(Kind::kValue, head, b), nullptr);
+          Open(backend, shard, shard.block(Kind::kValue, head, b), key_space);
       KVSHRINK_RETURN_IF_ERROR(values.status());
       state.Advance(&*weights);
       state.AddValues(*values, *weights);

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <limits>
 #include <vector>
 
@@ -92,7 +93,8 @@ void EncodeLevels(const Backend::BlockSettings& settings, Family family,
                            : std::numeric_limits<double>::infinity();
   const std::vector<BlockCode> ladder =
       in.plan != nullptr ? std::vector<BlockCode>{in.plan->code} : LevelLadder(settings.profile);
-  for (const BlockCode code : ladder) {
+  for (size_t step = in.skipped_codes; step < ladder.size(); ++step) {
+    const BlockCode code = ladder[step];
     out->code = code;
     out->scales.clear();
     out->codes.clear();

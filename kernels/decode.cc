@@ -2,9 +2,9 @@
 #include <mutex>
 
 #include "gather.h"
+#include "key_space.h"
 #include "kvshrink/codec.h"
 #include "kvshrink/error.h"
-#include "rope_rows.h"
 
 namespace kvshrink {
 namespace {
@@ -46,8 +46,7 @@ absl::Status ForEachBlock(const Backend& backend, const Shard& shard,
   return first;
 }
 
-// `rope`: of the block's rows, or null.
-absl::Status DecodeInto(const Backend& backend, const Shard& shard, const RopeRows* rope,
+absl::Status DecodeInto(const Backend& backend, const Shard& shard, const KeySpace& key_space,
                         DecodeForm form, const BlockView& block, const MutableTensor& tensor) {
   const ShardHeader& header = shard.header();
   const RowRange coded{block.head, block.first_row + block.raw_rows, block.coded_rows()};
@@ -62,8 +61,8 @@ absl::Status DecodeInto(const Backend& backend, const Shard& shard, const RopeRo
     const Family family = GetProfileInfo(header.profile).family;
     KVSHRINK_RETURN_IF_ERROR(
         backend.DecodeBlock(family, block, header.shape.head_dim, form, rows.data()));
-    if (rope != nullptr) {
-      rope->Redo(block, rows.data());
+    if (block.kind == Kind::kKey) {
+      key_space.Leave(block, rows.data());
     }
   }
   ScatterRows(rows.data(), coded, tensor);
@@ -73,7 +72,8 @@ absl::Status DecodeInto(const Backend& backend, const Shard& shard, const RopeRo
 }  // namespace
 
 absl::Status DecodeShard(const Backend& backend, const Shard& shard, DecodeForm form,
-                         const MutableTensor& k, const std::optional<MutableTensor>& v) {
+                         const MutableTensor& k, const std::optional<MutableTensor>& v,
+                         const Basis* basis) {
   KVSHRINK_RETURN_IF_ERROR(CheckOutput("k", k, shard.header().shape));
   if (v.has_value() == shard.header().keys_only) {
     return BadArgument("v", v.has_value() ? "given" : "absent",
@@ -85,11 +85,10 @@ absl::Status DecodeShard(const Backend& backend, const Shard& shard, DecodeForm 
   if (form == DecodeForm::kFull && shard.preview()) {
     return BadArgument("form", "full", "the shard is a preview: only its low-rank part is there");
   }
-  const std::optional<RopeRows> rope = RopeRowsOf(shard.header());
+  KVSHRINK_RETURN_IF_ERROR(CheckBasisOf(shard.header(), basis));
+  const KeySpace key_space(shard.header(), basis);
   return ForEachBlock(backend, shard, [&](const BlockView& block) {
-    const bool key = block.kind == Kind::kKey;
-    return DecodeInto(backend, shard, key && rope.has_value() ? &*rope : nullptr, form, block,
-                      key ? k : *v);
+    return DecodeInto(backend, shard, key_space, form, block, block.kind == Kind::kKey ? k : *v);
   });
 }
 

@@ -1,14 +1,16 @@
 // Tensors to shards.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <utility>
 
 #include "format/layout.h"
 #include "format/shard_writer.h"
 #include "gather.h"
+#include "key_space.h"
 #include "kvshrink/codec.h"
 #include "kvshrink/error.h"
 #include "rate_target.h"
-#include "rope_rows.h"
 #include "stages/exponent.h"
 
 namespace kvshrink {
@@ -64,7 +66,50 @@ absl::Status CheckArguments(const ConstTensor& k, const std::optional<ConstTenso
   if (options.rope.has_value()) {
     KVSHRINK_RETURN_IF_ERROR(ValidateRope(*options.rope, k.shape.head_dim));
   }
+  if (NeedsBasis(options.profile)) {
+    if (options.basis == nullptr) {
+      return BadArgument(
+          "basis", "none",
+          StrCat("profile ", GetProfileInfo(options.profile).name, " needs a calibrated one"));
+    }
+    KVSHRINK_RETURN_IF_ERROR(CheckBasisFits(*options.basis, options.layer, k.shape.head_dim,
+                                            k.shape.kv_heads, options.rope));
+  }
   return CheckRate(options);
+}
+
+ShardHeader HeaderOf(const ConstTensor& k, bool has_v, const EncodeOptions& options) {
+  ShardHeader header;
+  header.profile = options.profile;
+  header.dtype = k.dtype;
+  header.shape = k.shape;
+  header.first_token = options.first_token;
+  header.layer = options.layer;
+  header.padded = options.fixed_size;
+  header.keys_only = !has_v;
+  header.raw_rows = std::min(
+      k.shape.tokens, options.raw_tokens - std::min(options.raw_tokens, options.first_token));
+  if (options.rope.has_value() && options.profile != Profile::kRaw) {
+    header.extensions.rope = options.rope;
+    uint32_t& rotary_dim = header.extensions.rope->rotary_dim;
+    rotary_dim = rotary_dim == 0 ? k.shape.head_dim : rotary_dim;
+  }
+  if (NeedsBasis(options.profile)) {
+    header.extensions.basis = options.basis->id();
+  }
+  return header;
+}
+
+// A block just coded, as its decoder will see it.
+BlockView ViewOf(const BlockView& place, const Backend::BlockOutput& output) {
+  BlockView block = place;
+  block.exponent = output.exponent;
+  block.code = output.code;
+  block.rank = output.rank;
+  block.factors = output.factors;
+  block.scales = output.scales;
+  block.codes = output.codes;
+  return block;
 }
 
 // Encodes the blocks of a shard batch by batch.
@@ -72,22 +117,12 @@ class ShardEncoder {
  public:
   ShardEncoder(const Backend& backend, const ConstTensor& k, const std::optional<ConstTensor>& v,
                const EncodeOptions& options)
-      : backend_(backend), k_(k), v_(v), options_(options) {
-    header_.profile = options.profile;
-    header_.dtype = k.dtype;
-    header_.shape = k.shape;
-    header_.first_token = options.first_token;
-    header_.layer = options.layer;
-    header_.padded = options.fixed_size;
-    header_.keys_only = !v.has_value();
-    header_.raw_rows = std::min(
-        k.shape.tokens, options.raw_tokens - std::min(options.raw_tokens, options.first_token));
-    if (options.rope.has_value() && options.profile != Profile::kRaw) {
-      header_.extensions.rope = options.rope;
-      uint32_t& rotary_dim = header_.extensions.rope->rotary_dim;
-      rotary_dim = rotary_dim == 0 ? k.shape.head_dim : rotary_dim;
-    }
-    rope_rows_ = RopeRowsOf(header_);
+      : backend_(backend),
+        k_(k),
+        v_(v),
+        options_(options),
+        header_(HeaderOf(k, v.has_value(), options)),
+        key_space_(header_, options.basis) {
     settings_ = {options.profile, options.max_relative_error, DTypeBytes(k.dtype)};
     places_.resize(header_.blocks());
     for (uint32_t i = 0; i < header_.blocks(); ++i) {
@@ -121,9 +156,12 @@ class ShardEncoder {
   }
 
   void ForEachBatch(absl::FunctionRef<void(size_t)> body) {
-    for (size_t first = 0; first < places_.size(); first += kBatchBlocks) {
-      LoadBatch(first, std::min(kBatchBlocks, places_.size() - first));
-      body(first);
+    const size_t keys = size_t{header_.shape.kv_heads} * header_.blocks_per_head();
+    for (const auto& [begin, end] : {std::pair(size_t{0}, keys), std::pair(keys, places_.size())}) {
+      for (size_t first = begin; first < end; first += kBatchBlocks) {  // a batch is of one kind
+        LoadBatch(first, std::min(kBatchBlocks, end - first));
+        body(first);
+      }
     }
   }
 
@@ -137,8 +175,8 @@ class ShardEncoder {
       float* rows = rows_.data() + i * kBlockTokens * d;
       GatherRows(TensorOf(place), {place.head, place.first_row, place.rows}, rows);
       energy_[first + i] = stages::SumOfSquares(rows, place.rows * d);
-      if (rope_rows_.has_value() && place.kind == Kind::kKey) {
-        rope_rows_->Undo(place, rows + place.raw_rows * d);
+      if (place.kind == Kind::kKey) {
+        key_space_.Enter(place, rows + place.raw_rows * d);
       }
       inputs_[i] = {rows,           place.kind,
                     place.rows,     header_.shape.head_dim,
@@ -160,7 +198,11 @@ class ShardEncoder {
 
   void EncodeBatch(size_t first) {
     outputs_.resize(inputs_.size());
-    backend_.EncodeBlocks(settings_, inputs_, outputs_);
+    if (places_[first].kind == Kind::kKey && key_space_.weighs()) {
+      EncodeWeighed(first);
+    } else {
+      backend_.EncodeBlocks(settings_, inputs_, outputs_);
+    }
     for (size_t i = 0; i < inputs_.size(); ++i) {
       const BlockView& place = places_[first + i];
       format::CodedBlock& coded = coded_[first + i];
@@ -172,6 +214,59 @@ class ShardEncoder {
                        &coded.raw_block);
       }
       coded.output = std::move(outputs_[i]);
+    }
+  }
+
+  // Errors of weighed blocks count where decoders see them, after the weights are taken back, so
+  // the bound on them is kept here: blocks over it are coded again with the next code.
+  void EncodeWeighed(size_t first) {
+    Backend::BlockSettings settings = settings_;
+    settings.max_relative_error = 0;
+    std::vector<size_t> open(inputs_.size());  // numbers within the batch
+    std::iota(open.begin(), open.end(), size_t{0});
+    while (!open.empty()) {
+      std::vector<Backend::BlockInput> inputs;
+      for (const size_t i : open) {
+        inputs.push_back(inputs_[i]);
+      }
+      std::vector<Backend::BlockOutput> outputs(open.size());
+      backend_.EncodeBlocks(settings, inputs, outputs);
+      backend_.ForEach(open.size(), [&](size_t j) {
+        outputs_[open[j]] = std::move(outputs[j]);
+        Measure(places_[first + open[j]], &outputs_[open[j]]);
+      });
+      std::erase_if(open, [&](size_t i) {
+        return settings_.max_relative_error == 0 ||
+               !(outputs_[i].error_energy > settings_.max_relative_error * outputs_[i].energy);
+      });
+      for (const size_t i : open) {
+        ++inputs_[i].skipped_codes;
+      }
+    }
+  }
+
+  // Sets error and energy of a weighed block, whose rows the embedding doesn't lengthen.
+  void Measure(const BlockView& place, Backend::BlockOutput* output) const {
+    static thread_local std::vector<float> source;
+    static thread_local std::vector<float> decoded;
+    const size_t d = header_.shape.head_dim;
+    source.resize(place.coded_rows() * d);
+    decoded.resize(source.size());
+    GatherRows(k_, {place.head, place.first_row + place.raw_rows, place.coded_rows()},
+               source.data());
+    key_space_.TurnBack(place, source.data());
+    output->energy = stages::SumOfSquares(source.data(), source.size());
+    output->error_energy = 0;
+    if (output->code == BlockCode::kRaw) {
+      return;
+    }
+    // What was just coded decodes.
+    (void)backend_.DecodeBlock(GetProfileInfo(header_.profile).family, ViewOf(place, *output),
+                               header_.shape.head_dim, DecodeForm::kFull, decoded.data());
+    key_space_.Unweigh(place.head, place.coded_rows(), decoded.data());
+    for (size_t i = 0; i < source.size(); ++i) {
+      const double difference = static_cast<double>(source[i]) - static_cast<double>(decoded[i]);
+      output->error_energy += difference * difference;
     }
   }
 
@@ -208,7 +303,7 @@ class ShardEncoder {
   const std::optional<ConstTensor>& v_;
   const EncodeOptions& options_;
   ShardHeader header_;
-  std::optional<RopeRows> rope_rows_;
+  KeySpace key_space_;
   Backend::BlockSettings settings_;
   std::vector<BlockView> places_;
   std::vector<format::CodedBlock> coded_;

@@ -51,8 +51,8 @@ void AddBlock(const BlockView& block, const BlockError& error, KindReport* kind)
 }  // namespace
 
 absl::StatusOr<ShardReport> MeasureShard(const Backend& backend, const Shard& shard,
-                                         const ConstTensor& k,
-                                         const std::optional<ConstTensor>& v) {
+                                         const ConstTensor& k, const std::optional<ConstTensor>& v,
+                                         const Basis* basis) {
   const ShardHeader& header = shard.header();
   const TensorShape& shape = header.shape;
   if (v.has_value() == header.keys_only) {
@@ -73,7 +73,7 @@ absl::StatusOr<ShardReport> MeasureShard(const Backend& backend, const Shard& sh
   };
   KVSHRINK_RETURN_IF_ERROR(
       DecodeShard(backend, shard, DecodeForm::kFull, half_of(Kind::kKey),
-                  v.has_value() ? std::optional(half_of(Kind::kValue)) : std::nullopt));
+                  v.has_value() ? std::optional(half_of(Kind::kValue)) : std::nullopt, basis));
   std::vector<BlockError> errors(shard.blocks().size());
   backend.ForEach(errors.size(), [&](size_t i) {
     const BlockView& block = shard.blocks()[i];

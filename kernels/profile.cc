@@ -5,7 +5,7 @@
 namespace kvshrink {
 namespace {
 
-constexpr std::array<ProfileInfo, 11> kProfiles = {{
+constexpr std::array<ProfileInfo, 12> kProfiles = {{
     {Profile::kRaw, "raw", Family::kRaw, BlockCode::kRaw, "exact copy"},
     {Profile::kFp8, "fp8", Family::kFp8, BlockCode::kFp8,
      "e4m3 with a power-of-two scale per block"},
@@ -25,6 +25,8 @@ constexpr std::array<ProfileInfo, 11> kProfiles = {{
      "closed-loop low rank, trellis-coded residual at 1.5 bits"},
     {Profile::kKvs3t, "kvs3t", Family::kKvs, BlockCode::kTrellis25,
      "closed-loop low rank, trellis-coded residual at 2.5 bits"},
+    {Profile::kKvs2c, "kvs2c", Family::kKvs, BlockCode::kLevels3,
+     "kvs2 with K in the metric of a calibrated basis"},
 }};
 
 }  // namespace

@@ -1,7 +1,9 @@
 #include "format/extensions.h"
 
+#include <algorithm>
 #include <bit>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "format/layout.h"
@@ -10,7 +12,7 @@
 namespace kvshrink::format {
 namespace {
 
-enum class ExtensionType : uint16_t { kRope = 1 };
+enum class ExtensionType : uint16_t { kRope = 1, kBasis = 2 };
 
 constexpr size_t kRecordHeaderBytes = 8;
 constexpr size_t kRopeBytes = 16;  // before the scaling's numbers
@@ -47,6 +49,28 @@ void AppendRecord(ExtensionType type, const std::string& payload, std::string* o
   out->append(payload);
 }
 
+absl::Status ReadRope(std::span<const uint8_t> payload, const TensorShape& shape,
+                      std::optional<Rope>* out) {
+  Rope rope;
+  if (const auto fault = ReadRopePayload(payload, shape.head_dim, &rope)) {
+    const std::string field =
+        fault->field == "size" ? "extension.size" : StrCat("extension.rope.", fault->field);
+    return BadShard(field, fault->value, fault->rule);
+  }
+  *out = rope;
+  return absl::OkStatus();
+}
+
+absl::Status ReadBasisId(std::span<const uint8_t> payload, std::optional<BasisId>* out) {
+  if (payload.size() != sizeof(BasisId)) {
+    return BadShard("extension.size", payload.size(), "must be 16 for a basis");
+  }
+  std::copy(payload.begin(), payload.end(), out->emplace().begin());
+  return absl::OkStatus();
+}
+
+}  // namespace
+
 std::string RopePayload(const Rope& rope) {
   std::string payload;
   Append(std::bit_cast<uint64_t>(rope.theta), &payload);
@@ -60,10 +84,13 @@ std::string RopePayload(const Rope& rope) {
   return payload;
 }
 
-absl::Status ReadRope(std::span<const uint8_t> payload, const TensorShape& shape,
-                      std::optional<Rope>* out) {
+std::optional<RopeFault> ReadRopePayload(std::span<const uint8_t> payload, uint32_t head_dim,
+                                         Rope* out) {
+  const auto size_fault = [&](std::string rule) {
+    return RopeFault{"size", static_cast<double>(payload.size()), std::move(rule)};
+  };
   if (payload.size() < kRopeBytes) {
-    return BadShard("extension.size", payload.size(), StrCat("must be at least ", kRopeBytes));
+    return size_fault(StrCat("must be at least ", kRopeBytes));
   }
   Rope rope;
   const uint8_t* data = payload.data();
@@ -74,24 +101,23 @@ absl::Status ReadRope(std::span<const uint8_t> payload, const TensorShape& shape
   rope.position_offset = static_cast<int32_t>(LoadLittle<uint32_t>(data + 12));
   const auto numbers = ScalingNumbers(rope.scaling);
   if (const size_t size = kRopeBytes + 8 * numbers.size(); payload.size() != size) {
-    return BadShard("extension.size", payload.size(), StrCat("must be ", size, " for this rope"));
+    return size_fault(StrCat("must be ", size, " for this rope"));
   }
   for (size_t i = 0; i < numbers.size(); ++i) {
     rope.*numbers[i] = std::bit_cast<double>(LoadLittle<uint64_t>(data + kRopeBytes + 8 * i));
   }
-  if (const auto fault = FindRopeFault(rope, shape.head_dim)) {
-    return BadShard(StrCat("extension.rope.", fault->field), fault->value, fault->rule);
-  }
   *out = rope;
-  return absl::OkStatus();
+  return FindRopeFault(rope, head_dim);
 }
-
-}  // namespace
 
 std::string WriteExtensions(const ShardExtensions& extensions) {
   std::string out;
   if (extensions.rope.has_value()) {
     AppendRecord(ExtensionType::kRope, RopePayload(*extensions.rope), &out);
+  }
+  if (extensions.basis.has_value()) {
+    AppendRecord(ExtensionType::kBasis,
+                 std::string(extensions.basis->begin(), extensions.basis->end()), &out);
   }
   return out;
 }
@@ -123,6 +149,9 @@ absl::Status ReadExtensions(std::span<const uint8_t> bytes, const TensorShape& s
     switch (static_cast<ExtensionType>(type)) {
       case ExtensionType::kRope:
         KVSHRINK_RETURN_IF_ERROR(ReadRope(payload, shape, &extensions->rope));
+        break;
+      case ExtensionType::kBasis:
+        KVSHRINK_RETURN_IF_ERROR(ReadBasisId(payload, &extensions->basis));
         break;
       default:
         return BadShard("extension.type", type, "unknown to this build");

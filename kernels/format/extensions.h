@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -17,5 +18,11 @@ std::string WriteExtensions(const ShardExtensions& extensions);
 // DATA_LOSS naming extension.<field>.
 absl::Status ReadExtensions(std::span<const uint8_t> bytes, const TensorShape& shape,
                             ShardExtensions* extensions);
+
+// A rope as FORMAT.md section 3.3 writes it, in shards and in bases. The fault's field is "size" or
+// that of the rope.
+std::string RopePayload(const Rope& rope);
+std::optional<RopeFault> ReadRopePayload(std::span<const uint8_t> payload, uint32_t head_dim,
+                                         Rope* out);
 
 }  // namespace kvshrink::format

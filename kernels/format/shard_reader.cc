@@ -209,6 +209,13 @@ absl::StatusOr<Shard> Shard::Parse(std::string_view bytes, Extent extent) {
   KVSHRINK_RETURN_IF_ERROR(format::ReadExtensions(
       {data + format::kHeaderBytes, sections.extensions}, header.shape, &header.extensions));
 
+  if (header.extensions.basis.has_value() != NeedsBasis(header.profile)) {
+    return BadShard("extension.basis",
+                    header.extensions.basis ? BasisIdText(*header.extensions.basis) : "none",
+                    StrCat("profile ", GetProfileInfo(header.profile).name,
+                           NeedsBasis(header.profile) ? " needs one" : " has none"));
+  }
+
   // The table's size is bounded by the index that is there.
   const Family family = GetProfileInfo(header.profile).family;
   shard.blocks_.resize(header.blocks());

@@ -142,4 +142,15 @@ inline EncodeOptions OptionsOf(Profile profile) {
   return options;
 }
 
+// Every profile that codes without a basis.
+inline std::vector<ProfileInfo> PlainProfiles() {
+  std::vector<ProfileInfo> profiles;
+  for (const ProfileInfo& profile : AllProfiles()) {
+    if (!NeedsBasis(profile.profile)) {
+      profiles.push_back(profile);
+    }
+  }
+  return profiles;
+}
+
 }  // namespace kvshrink::testing

@@ -33,10 +33,14 @@ struct AttentionParams {
 // Errors: INVALID_ARGUMENT naming the field.
 absl::Status ValidateAttention(const AttentionParams& params, const ShardHeader& header);
 
+// `basis` of what follows: that of a kvs2c shard; others take null as well. Errors as of
+// DecodeShard.
+
 // logits[query][q_head][token of the shard], fp32, row-major; -inf where the query doesn't see the
 // key. `q` is fp32 [Q, q_heads, d].
 absl::Status AttentionScores(const Backend& backend, const Shard& shard,
-                             const AttentionParams& params, const float* q, float* logits);
+                             const AttentionParams& params, const float* q, float* logits,
+                             const Basis* basis = nullptr);
 
 // Partial attention over one or more shards of a layer, mergeable exactly: output and log-sum-exp
 // per query and head.
@@ -46,7 +50,8 @@ class AttentionAccumulator {
   AttentionAccumulator(const AttentionParams& params, uint32_t head_dim);
 
   // Adds the tokens of a shard. `q` as above. FAILED_PRECONDITION when the shard has keys only.
-  absl::Status Add(const Backend& backend, const Shard& shard, const float* q);
+  absl::Status Add(const Backend& backend, const Shard& shard, const float* q,
+                   const Basis* basis = nullptr);
 
   // output [Q, q_heads, d] = softmax-weighted values over what was added; 0 where no key was seen.
   std::span<const float> output() const { return output_; }

@@ -13,6 +13,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kvshrink/basis.h"
 #include "kvshrink/block.h"
 #include "kvshrink/profile.h"
 #include "kvshrink/rope.h"
@@ -45,6 +46,9 @@ struct EncodeOptions {
   // The embedding that K carries: it is undone before coding and redone by decoders. Any profile;
   // `raw`, which codes nothing, leaves it out.
   std::optional<Rope> rope = std::nullopt;
+  // The calibrated basis that profile kvs2c codes K in; must have the layer, its shape and its
+  // rope, and outlive the call. Other profiles leave it out.
+  const Basis* basis = nullptr;
 };
 
 // Checks a rate target and what it can't go with. Errors: INVALID_ARGUMENT naming the field.
@@ -108,6 +112,8 @@ class Backend {
     uint32_t d = 0;
     uint32_t raw_rows = 0;
     const BlockPlan* plan = nullptr;  // kvs: in place of the profile's own choice
+    // Codes of the profile's ladder that are passed over, being too small for the block's bound.
+    uint32_t skipped_codes = 0;
   };
   struct BlockOutput {
     BlockCode code = BlockCode::kZero;
@@ -182,13 +188,17 @@ absl::StatusOr<std::string> EncodeShard(const Backend& backend, const ConstTenso
 // Decodes into k and v, whose shape must be the shard's; v is given when the shard has V. dtype and
 // layout are free (round to nearest even; finite values that are too large become the largest
 // finite one). Raw rows and blocks are bit-exact when the dtype is the shard's. On an error the
-// outputs hold unspecified values. Errors: INVALID_ARGUMENT (outputs), DATA_LOSS (shard).
+// outputs hold unspecified values. `basis`: that of a kvs2c shard; others take null as well.
+// Errors: INVALID_ARGUMENT (outputs, a basis that doesn't fit), FAILED_PRECONDITION (basis missing,
+// or another one), DATA_LOSS (shard).
 absl::Status DecodeShard(const Backend& backend, const Shard& shard, DecodeForm form,
-                         const MutableTensor& k, const std::optional<MutableTensor>& v);
+                         const MutableTensor& k, const std::optional<MutableTensor>& v,
+                         const Basis* basis = nullptr);
 
 // Measures a shard against its source tensors (v when the shard has V): the decoder's own view of
 // the report (tests, `kvshrink eval`).
 absl::StatusOr<ShardReport> MeasureShard(const Backend& backend, const Shard& shard,
-                                         const ConstTensor& k, const std::optional<ConstTensor>& v);
+                                         const ConstTensor& k, const std::optional<ConstTensor>& v,
+                                         const Basis* basis = nullptr);
 
 }  // namespace kvshrink

@@ -21,6 +21,7 @@ enum class Profile : uint8_t {
   kKvs4 = 8,
   kKvs2t = 9,
   kKvs3t = 10,
+  kKvs2c = 11,
 };
 
 // What a block's record is made of.
@@ -57,6 +58,9 @@ std::span<const ProfileInfo> AllProfiles();
 const ProfileInfo& GetProfileInfo(Profile profile);
 std::optional<Profile> ProfileFromName(std::string_view name);
 std::optional<Profile> ProfileFromId(uint8_t id);
+
+// Profiles that code K in the metric of a calibrated basis (basis.h).
+constexpr bool NeedsBasis(Profile profile) { return profile == Profile::kKvs2c; }
 
 inline constexpr Profile kDefaultProfile = Profile::kKvs2;
 

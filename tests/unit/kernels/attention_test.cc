@@ -103,7 +103,7 @@ TEST(Attend, EqualsPlainAttentionOverDecodedTensors) {
   const auto cpu = MakeCpuBackend(2);
   const auto reference = MakeReferenceBackend();
   std::vector<EncodeOptions> cases;
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     EncodeOptions options = OptionsOf(profile.profile);
     options.first_token = 2;
     cases.push_back(options);

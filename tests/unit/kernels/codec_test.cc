@@ -55,7 +55,7 @@ TEST(Quality, RateAndErrorOnRealKeysAndValues) {
 TEST(Determinism, SameBytesOnEveryRunAndThreadCount) {
   const Tensor k = testing::QwenLayer("k", 8);
   const Tensor v = testing::QwenLayer("v", 8);
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     const std::string one = Encode(*MakeCpuBackend(1), k, v, OptionsOf(profile.profile));
     for (const int threads : {1, 2, 3, 8}) {
       EXPECT_EQ(Encode(*MakeCpuBackend(threads), k, v, OptionsOf(profile.profile)), one)
@@ -127,7 +127,7 @@ TEST(Exactness, FirstTokensOfTheSequenceAreKept) {
 
 TEST(Reports, EncodersErrorIsWhatADecoderMeasures) {
   const auto backend = MakeCpuBackend(2);
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     const Tensor k = testing::QwenLayer("k", 22);
     const Tensor v = testing::QwenLayer("v", 22);
     ShardReport report;

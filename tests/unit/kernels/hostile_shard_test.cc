@@ -231,7 +231,7 @@ TEST(HostileShard, NumbersThatMeanNothingInABlock) {
 }
 
 TEST(HostileShard, EveryTruncationIsSeen) {
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     const std::string good = Encoded(profile.profile);
     const size_t preview = Shard::Parse(good)->preview_bytes();
     for (size_t size = 0; size < good.size(); ++size) {
@@ -260,7 +260,7 @@ TEST(HostileShard, EveryFlippedBitIsSeen) {
 // worse (run under sanitizers too).
 TEST(HostileShard, ResignedDamageNeverBreaksTheReader) {
   std::mt19937 random(11);
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     const std::string good = Encoded(profile.profile);
     const Bounds bounds = BoundsOf(good);
     for (int round = 0; round < 2000; ++round) {

@@ -45,7 +45,7 @@ TEST(Oracle, DecodersAgreeWithinRounding) {
   const auto cpu = MakeCpuBackend(2);
   const auto reference = MakeReferenceBackend();
   for (const Case& test : Cases()) {
-    for (const ProfileInfo& profile : AllProfiles()) {
+    for (const ProfileInfo& profile : testing::PlainProfiles()) {
       const auto bytes =
           EncodeShard(*cpu, test.k.View(), test.v.View(), testing::OptionsOf(profile.profile));
       ASSERT_TRUE(bytes.ok()) << bytes.status();
@@ -80,7 +80,7 @@ TEST(Oracle, EncodersLoseAndCostTheSame) {
   const auto cpu = MakeCpuBackend(2);
   const auto reference = MakeReferenceBackend();
   for (const Case& test : Cases()) {
-    for (const ProfileInfo& profile : AllProfiles()) {
+    for (const ProfileInfo& profile : testing::PlainProfiles()) {
       ShardReport a;
       ShardReport b;
       ASSERT_TRUE(

@@ -34,7 +34,7 @@ Decoded RoundTrip(const Tensor& k, const Tensor& v, Profile profile, ShardReport
 
 TEST(Robustness, ZeroAndConstantBlocks) {
   const TensorShape shape{140, 2, 64};
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     const Tensor zero = testing::Zeros(shape);
     Tensor constant = testing::Zeros(shape);
     std::fill(constant.values.begin(), constant.values.end(), -3.25F);
@@ -54,7 +54,7 @@ TEST(Robustness, ZeroAndConstantBlocks) {
 TEST(Robustness, NotFiniteBlocksAreRawAndExactAndOthersAreNot) {
   const TensorShape shape{256, 1, 64};
   for (const float poison : {kInfinity, -kInfinity, kNan}) {
-    for (const ProfileInfo& profile : AllProfiles()) {
+    for (const ProfileInfo& profile : testing::PlainProfiles()) {
       Tensor k = testing::Gaussian(shape, 1);
       k.at(200, 0, 7) = poison;
       const Tensor v = testing::Gaussian(shape, 2);
@@ -78,7 +78,7 @@ TEST(Robustness, ScalingByAPowerOfTwoScalesTheDecodeExactly) {
   const TensorShape shape{130, 1, 64};
   const Tensor k = testing::LowRankPlusNoise(shape, 4, 0.1F, 3);
   const Tensor v = testing::Gaussian(shape, 4);
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     ShardReport report;
     const Decoded plain = RoundTrip(k, v, profile.profile, &report);
     for (const int exponent : {-100, -20, -1, 3, 60, 120}) {
@@ -115,7 +115,7 @@ TEST(Robustness, ExtremesOfFp32StayFinite) {
       value = static_cast<float>(static_cast<double>(value) / static_cast<double>(peak) *
                                  static_cast<double>(largest));
     }
-    for (const ProfileInfo& profile : AllProfiles()) {
+    for (const ProfileInfo& profile : testing::PlainProfiles()) {
       ShardReport report;
       const Decoded decoded = RoundTrip(k, k, profile.profile, &report);
       for (const float value : decoded.k.values) {
@@ -166,7 +166,7 @@ TEST(Robustness, EveryNumberOfTokensAndAwkwardHeadDims) {
       const TensorShape shape{tokens, 1, d};
       const Tensor k = testing::Gaussian(shape, tokens);
       const Tensor v = testing::Gaussian(shape, d);
-      for (const ProfileInfo& profile : AllProfiles()) {
+      for (const ProfileInfo& profile : testing::PlainProfiles()) {
         ShardReport report;
         const Decoded decoded = RoundTrip(k, v, profile.profile, &report);
         EXPECT_LE(testing::ErrorEnergy(k.values, decoded.k.values), 0.6 * testing::Energy(k.values))

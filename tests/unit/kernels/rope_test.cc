@@ -238,7 +238,7 @@ TEST(Rope, RealKeysLoseLess) {
 
 TEST(Rope, SameBytesForEveryNumberOfThreads) {
   const Tensor k = testing::QwenLayer("k", 8);
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     EncodeOptions options = OptionsOf(profile.profile);
     options.rope = Scaled(5e5, 0, RopeScaling::kLlama3, 8, 8192);
     options.first_token = 777;
@@ -254,7 +254,7 @@ TEST(Rope, BackendsAgree) {
   const auto cpu = MakeCpuBackend(2);
   const auto reference = MakeReferenceBackend();
   const Tensor k = testing::SmolLayer("k", 17);
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     EncodeOptions options = OptionsOf(profile.profile);
     options.rope = Plain(1e5, 48, RopePairing::kGptj);
     ShardReport a;
@@ -280,7 +280,7 @@ TEST(Rope, RawRowsAndBlocksAreExact) {
   Tensor k = testing::Gaussian({300, 1, 64}, 5);
   const Tensor v = testing::Gaussian({300, 1, 64}, 6);
   k.at(200, 0, 9) = INFINITY;
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     EncodeOptions options = OptionsOf(profile.profile);
     options.raw_tokens = 7;
     options.rope = Plain(10000, 0);

@@ -73,7 +73,7 @@ void Attend(benchmark::State& state) {
 }
 
 void Arguments(benchmark::internal::Benchmark* bench) {
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     for (const int threads : {1, 2}) {
       for (const int rope : {0, 1}) {
         bench->Args({static_cast<int64_t>(profile.profile), threads, rope});

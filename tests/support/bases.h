@@ -55,6 +55,8 @@ inline BasisContents RandomBasis(uint32_t head_dim, uint32_t kv_heads,
   return contents;
 }
 
-inline Basis MakeBasis(const BasisContents& contents) { return *Basis::Parse(WriteBasis(contents)); }
+inline Basis MakeBasis(const BasisContents& contents) {
+  return *Basis::Parse(WriteBasis(contents));
+}
 
 }  // namespace kvshrink::testing

@@ -72,7 +72,8 @@ void AddBytes(const Shard& shard, Evaluation* result) {
 
 class Evaluator {
  public:
-  Evaluator(const Backend& backend, const Trace& trace) : backend_(backend) {
+  Evaluator(const Backend& backend, const Trace& trace, const Basis* basis)
+      : backend_(backend), basis_(basis) {
     for (const TraceLayer& layer : trace.layers()) {
       LayerValues values{ToFloats(layer.k), {}, {}, {}};
       if (layer.v) {
@@ -99,7 +100,7 @@ class Evaluator {
     const auto start = std::chrono::steady_clock::now();
     KVSHRINK_RETURN_IF_ERROR(
         DecodeShard(backend_, *shard, DecodeForm::kFull, out(&layer.coded_k),
-                    layer.v.empty() ? std::nullopt : std::optional(out(&layer.coded_v))));
+                    layer.v.empty() ? std::nullopt : std::optional(out(&layer.coded_v)), basis_));
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     result_.decode_seconds += elapsed.count();
     result_.encode_seconds += coded.seconds;
@@ -145,6 +146,7 @@ class Evaluator {
 
  private:
   const Backend& backend_;
+  const Basis* basis_;
   std::vector<LayerValues> layers_;
   uint64_t rank_sum_k_ = 0, rank_sum_v_ = 0;
   uint32_t ranked_k_ = 0, ranked_v_ = 0;
@@ -186,7 +188,7 @@ Queries QueriesOf(const TraceLayer& layer, std::vector<float>* floats) {
 absl::StatusOr<Evaluation> Evaluate(const Backend& backend, const Trace& trace,
                                     const CodingSettings& settings, int threads,
                                     const ProgressFn& progress) {
-  Evaluator evaluator(backend, trace);
+  Evaluator evaluator(backend, trace, settings.basis.get());
   uint64_t raw_bytes = 0;
   KVSHRINK_RETURN_IF_ERROR(EncodeTrace(backend, trace, settings, LayerNumbers::kOfTrace,
                                        [&](const CodedShard& coded) -> absl::Status {

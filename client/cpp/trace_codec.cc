@@ -92,6 +92,7 @@ absl::Status EncodeTrace(const Backend& backend, const Trace& trace, const Codin
           numbers == LayerNumbers::kOfTrace ? layer.layer : static_cast<uint32_t>(place);
       const auto [first, tokens] = chunks[chunk];
       options.rope = RopesOf(settings, trace).Of(layer.layer);
+      options.basis = settings.basis.get();
       CodedShard coded{chunk, place, chunks[chunk], {}, {}, 0};
       const auto start = Clock::now();
       auto bytes = EncodeShard(backend, TokenRange(layer.k, first, tokens),
@@ -140,7 +141,7 @@ absl::StatusOr<EncodedFile> EncodeFile(const Backend& backend, const Trace& trac
 
 absl::StatusOr<DecodedFile> DecodeFile(const Backend& backend, const KvsFile& file,
                                        std::optional<DType> dtype, const std::string& path,
-                                       const ProgressFn& progress) {
+                                       const ProgressFn& progress, const Basis* basis) {
   KVSHRINK_ASSIGN_OR_RETURN(const FileShape shape, ReadFileShape(file, dtype));
   KVSHRINK_ASSIGN_OR_RETURN(
       TraceWriter writer, TraceWriter::Create(path, WithoutQueries(file.metadata()), shape.layers));
@@ -151,8 +152,9 @@ absl::StatusOr<DecodedFile> DecodeFile(const Backend& backend, const KvsFile& fi
   KVSHRINK_RETURN_IF_ERROR(
       file.ForEachShard([&](const KvsEntry&, const Shard& shard) -> absl::Status {
         const auto start = Clock::now();
-        KVSHRINK_ASSIGN_OR_RETURN(const std::string bytes,
-                                  DecodeToBytes(backend, shard, form, shape.layers[place].dtype));
+        KVSHRINK_ASSIGN_OR_RETURN(
+            const std::string bytes,
+            DecodeToBytes(backend, shard, form, shape.layers[place].dtype, basis));
         result.seconds += SecondsSince(start);
         KVSHRINK_RETURN_IF_ERROR(
             writer.Write(place, shard.header().first_token - shape.first_token, bytes));
@@ -169,7 +171,7 @@ absl::StatusOr<DecodedFile> DecodeFile(const Backend& backend, const KvsFile& fi
 }
 
 absl::StatusOr<std::string> DecodeToBytes(const Backend& backend, const Shard& shard,
-                                          DecodeForm form, DType dtype) {
+                                          DecodeForm form, DType dtype, const Basis* basis) {
   const TensorShape& shape = shard.header().shape;
   const size_t half = shape.entries() * DTypeBytes(dtype);
   const bool keys_only = shard.header().keys_only;
@@ -178,7 +180,7 @@ absl::StatusOr<std::string> DecodeToBytes(const Backend& backend, const Shard& s
   const MutableTensor k{data, dtype, shape, LayoutThd(shape)};
   const MutableTensor v{keys_only ? nullptr : data + half, dtype, shape, LayoutThd(shape)};
   KVSHRINK_RETURN_IF_ERROR(
-      DecodeShard(backend, shard, form, k, keys_only ? std::nullopt : std::optional(v)));
+      DecodeShard(backend, shard, form, k, keys_only ? std::nullopt : std::optional(v), basis));
   return bytes;
 }
 

@@ -1,33 +1,16 @@
-// Calibrated bases for tests: of random metrics, and of real queries.
+// Calibrated bases for tests: of random metrics.
 #pragma once
 
 #include <Eigen/Dense>
-#include <cmath>
 #include <optional>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "blocks.h"
 #include "kvshrink/basis.h"
+#include "kvshrink/calibration.h"
 
 namespace kvshrink::testing {
-
-// Appends the metric (S + eps tr(S)/d I)^(1/2), its gains of mean square 1, for one head.
-inline void AppendMetric(const Eigen::MatrixXd& moment, double eps, BasisLayer* layer) {
-  const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(moment);
-  const Eigen::Index d = moment.rows();
-  const double mean = moment.trace() / static_cast<double>(d);
-  for (Eigen::Index i = 0; i < d; ++i) {
-    const double value = std::max(0.0, solver.eigenvalues()(i)) / mean;
-    layer->gains.push_back(static_cast<float>(std::sqrt((value + eps) / (1 + eps))));
-  }
-  for (Eigen::Index i = 0; i < d; ++i) {
-    for (Eigen::Index c = 0; c < d; ++c) {
-      layer->vectors.push_back(static_cast<float>(solver.eigenvectors()(c, i)));
-    }
-  }
-}
 
 // Random metrics whose gains span a factor of about 10.
 inline BasisContents RandomBasis(uint32_t head_dim, uint32_t kv_heads,
@@ -48,7 +31,11 @@ inline BasisContents RandomBasis(uint32_t head_dim, uint32_t kv_heads,
     for (uint32_t head = 0; head < kv_heads; ++head) {
       const Eigen::MatrixXd samples = Eigen::MatrixXd::NullaryExpr(
           head_dim, 3, [&](Eigen::Index, Eigen::Index) { return normal(random); });
-      AppendMetric(samples * samples.transpose(), 0.5, &layer);
+      const Eigen::MatrixXd moment = samples * samples.transpose();
+      layer.gains.resize(size_t{head + 1} * head_dim);
+      layer.vectors.resize(layer.gains.size() * head_dim);
+      MetricOfMoment(moment.data(), head_dim, 0.5, layer.gains.data() + size_t{head} * head_dim,
+                     layer.vectors.data() + size_t{head} * head_dim * head_dim);
     }
     contents.layers.push_back(std::move(layer));
   }

@@ -24,8 +24,9 @@ constexpr size_t PaddedBytes(size_t bytes) { return (bytes + 3) / 4 * 4; }
 
 // What changes the meaning of a shard's codes, where it was used (proto/FORMAT.md section 3.2).
 struct ShardExtensions {
-  std::optional<Rope> rope;      // K is coded before this embedding
-  std::optional<BasisId> basis;  // K is coded in the metric of this basis; with profile kvs2c
+  std::optional<Rope> rope = std::nullopt;  // K is coded before this embedding
+  std::optional<BasisId> basis =
+      std::nullopt;  // K is coded in the metric of this basis; with profile kvs2c
 };
 
 struct ShardHeader {

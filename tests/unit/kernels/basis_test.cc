@@ -1,12 +1,14 @@
 // Calibrated bases: the file, its checks, the metric.
 #include "kvshrink/basis.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <xxhash.h>
 
 #include <cmath>
 
 #include "bases.h"
+#include "stages/rope.h"
 
 namespace kvshrink {
 namespace {
@@ -167,6 +169,56 @@ TEST(Basis, MisfitsNameTheField) {
   expect(3, 8, 2, std::nullopt, "'basis.rope' is theta=5e+05,");
   moved.theta = 10000;
   expect(3, 8, 2, moved, "'basis.rope' is theta=5e+05,");
+}
+
+// The mean over positions by turning the moment to every one of them.
+TEST(Calibration, MeanOverTurnsIsThatOfEveryPosition) {
+  for (const RopePairing pairing : {RopePairing::kNeox, RopePairing::kGptj}) {
+    for (const uint32_t rotary_dim : {10U, 6U, 2U}) {
+      constexpr uint32_t kDim = 11;
+      Rope rope = Embedding();
+      rope.rotary_dim = rotary_dim;
+      rope.pairing = pairing;
+      const Eigen::MatrixXd samples = Eigen::MatrixXd::Random(kDim, 4);
+      const Eigen::MatrixXd moment = samples * samples.transpose();
+      Eigen::MatrixXd expected = Eigen::MatrixXd::Zero(kDim, kDim);
+      for (int64_t p = -3; p < 37; ++p) {
+        Eigen::MatrixXd turn = Eigen::MatrixXd::Identity(kDim, kDim);
+        for (uint32_t j = 0; j < rotary_dim / 2; ++j) {
+          const bool neox = pairing == RopePairing::kNeox;
+          const Eigen::Index a = neox ? j : 2 * j;
+          const Eigen::Index b = neox ? j + rotary_dim / 2 : 2 * j + 1;
+          const double angle = static_cast<double>(p) * stages::RopeFrequency(rope, j);
+          turn(a, a) = turn(b, b) = std::cos(angle);
+          turn(a, b) = -std::sin(angle);
+          turn(b, a) = std::sin(angle);
+        }
+        expected += turn.transpose() * moment * turn / 40;
+      }
+      Eigen::MatrixXd mean = moment;  // symmetric: either order of storage
+      AverageOverTurns(rope, kDim, -3, 40, mean.data());
+      EXPECT_LT((mean - expected).cwiseAbs().maxCoeff(), 1e-12) << rotary_dim;
+    }
+  }
+}
+
+TEST(Calibration, MetricIsTheRootOfTheMoment) {
+  const Eigen::MatrixXd samples = Eigen::MatrixXd::Random(6, 3);
+  const Eigen::MatrixXd moment = samples * samples.transpose();
+  float gains[6];
+  float vectors[36];
+  MetricOfMoment(moment.data(), 6, 0.25, gains, vectors);
+  Eigen::MatrixXd square = Eigen::MatrixXd::Zero(6, 6);
+  for (int i = 0; i < 6; ++i) {
+    const Eigen::VectorXd u = Eigen::Map<Eigen::VectorXf>(vectors + 6 * i, 6).cast<double>();
+    square += static_cast<double>(gains[i] * gains[i]) * u * u.transpose();
+  }
+  const double mean = moment.trace() / 6;
+  const Eigen::MatrixXd expected = (moment / mean + 0.25 * Eigen::MatrixXd::Identity(6, 6)) / 1.25;
+  EXPECT_LT((square - expected).cwiseAbs().maxCoeff(), 1e-5);
+  const Eigen::MatrixXd none = Eigen::MatrixXd::Zero(6, 6);
+  MetricOfMoment(none.data(), 6, 0.25, gains, vectors);
+  EXPECT_THAT(gains, ::testing::Each(1.0F));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -30,6 +31,8 @@ struct CodingSettings {
   std::optional<LayerRopes> ropes;
   // So many first and so many last layers of the trace take the profile `raw`, and no rate target.
   uint32_t raw_layers = 0;
+  // That profile kvs2c codes with; may be null for others.
+  std::shared_ptr<const Basis> basis;
 };
 
 uint32_t RawTokens(const CodingSettings& settings, const Trace& trace);
@@ -83,7 +86,8 @@ absl::StatusOr<EncodedFile> EncodeFile(const Backend& backend, const Trace& trac
                                        const ProgressFn& progress);
 
 // Decodes a .kvs file into a trace of keys and values, with the file's metadata; positions start at
-// the file's first token. `dtype`: absent = each layer's own.
+// the file's first token. `dtype`: absent = each layer's own. `basis`: that of kvs2c shards, may be
+// null for others.
 struct DecodedFile {
   uint64_t raw_bytes = 0;  // in the dtype written
   uint64_t entries = 0;
@@ -92,11 +96,12 @@ struct DecodedFile {
 };
 absl::StatusOr<DecodedFile> DecodeFile(const Backend& backend, const KvsFile& file,
                                        std::optional<DType> dtype, const std::string& path,
-                                       const ProgressFn& progress);
+                                       const ProgressFn& progress, const Basis* basis = nullptr);
 
 // K, then V where there is V, of a shard, packed [T,H,D] each.
 absl::StatusOr<std::string> DecodeToBytes(const Backend& backend, const Shard& shard,
-                                          DecodeForm form, DType dtype);
+                                          DecodeForm form, DType dtype,
+                                          const Basis* basis = nullptr);
 
 // Adds up reports, for totals of a run.
 void AddReport(const ShardReport& report, ShardReport* total);

@@ -12,18 +12,22 @@
 namespace kvshrink::cli {
 namespace {
 
+constexpr const char* kBasisHelp = "calibrated basis (.kvb) of profile kvs2c";
+
 struct EncodeArguments {
   std::string trace;
   std::string out;
   CodingArguments coding;
+  BasisArguments basis;
   BackendArguments backend;
 };
 
 absl::StatusOr<Outcome> RunEncode(const EncodeArguments& arguments) {
   KVSHRINK_ASSIGN_OR_RETURN(const client::Trace trace, client::Trace::Open(arguments.trace));
-  KVSHRINK_RETURN_IF_ERROR(arguments.coding.Check(trace));
+  KVSHRINK_RETURN_IF_ERROR(arguments.coding.rope.Check(trace));
   const auto backend = arguments.backend.Make();
-  const client::CodingSettings& settings = arguments.coding.settings;
+  client::CodingSettings settings = arguments.coding.settings;
+  KVSHRINK_ASSIGN_OR_RETURN(settings.basis, arguments.basis.Open());
   Progress progress("encode", trace.raw_bytes());
   KVSHRINK_ASSIGN_OR_RETURN(
       const client::EncodedFile file,
@@ -67,17 +71,20 @@ struct DecodeArguments {
   std::string in;
   std::string out;
   std::optional<DType> dtype;
+  BasisArguments basis;
   BackendArguments backend;
 };
 
 absl::StatusOr<Outcome> RunDecode(const DecodeArguments& arguments) {
   KVSHRINK_ASSIGN_OR_RETURN(const client::KvsFile file, client::KvsFile::Open(arguments.in));
+  KVSHRINK_ASSIGN_OR_RETURN(const auto basis, arguments.basis.Open());
   const auto backend = arguments.backend.Make();
   Progress progress("decode", 0);
   KVSHRINK_ASSIGN_OR_RETURN(
       const client::DecodedFile decoded,
-      client::DecodeFile(*backend, file, arguments.dtype, arguments.out,
-                         [&](uint64_t raw_bytes) { progress.Update(raw_bytes); }));
+      client::DecodeFile(
+          *backend, file, arguments.dtype, arguments.out,
+          [&](uint64_t raw_bytes) { progress.Update(raw_bytes); }, basis.get()));
   const double mb_per_s = MbPerSecond(2 * decoded.entries, decoded.seconds);
   Outcome outcome;
   outcome.object = {{"in", arguments.in},
@@ -108,6 +115,7 @@ void AddEncodeCommands(Program* program) {
   command->add_option("OUT", encode->out, ".kvs file to write")->required();
   encode->coding.AddProfile(command);
   encode->coding.Add(command);
+  encode->basis.Add(command, kBasisHelp);
   encode->backend.AddThreads(command);
   encode->backend.AddBackend(command);
 
@@ -116,6 +124,7 @@ void AddEncodeCommands(Program* program) {
                                 [decode] { return RunDecode(*decode); });
   command->add_option("IN", decode->in, ".kvs file or bare shard")->required();
   command->add_option("OUT", decode->out, "safetensors file to write")->required();
+  decode->basis.Add(command, kBasisHelp);
   AddDtype(command, &decode->dtype, "of the tensors (default: the original's)");
   decode->backend.AddThreads(command);
   decode->backend.AddBackend(command);

@@ -17,6 +17,7 @@ struct EvalArguments {
   std::string trace;
   std::vector<std::string> profiles = {std::string(GetProfileInfo(kDefaultProfile).name)};
   CodingArguments coding;
+  BasisArguments basis;
   BackendArguments backend;
 };
 
@@ -71,17 +72,19 @@ std::vector<std::string> ToRow(const std::string& profile, const client::Evaluat
 
 absl::StatusOr<Outcome> RunEval(const EvalArguments& arguments) {
   KVSHRINK_ASSIGN_OR_RETURN(const client::Trace trace, client::Trace::Open(arguments.trace));
-  KVSHRINK_RETURN_IF_ERROR(arguments.coding.Check(trace));
+  KVSHRINK_RETURN_IF_ERROR(arguments.coding.rope.Check(trace));
   const auto backend = arguments.backend.Make();
   client::CodingSettings settings = arguments.coding.settings;
-  const Json options = {{"chunk_tokens", settings.chunk_tokens},
-                        {"raw_tokens", client::RawTokens(settings, trace)},
-                        {"raw_layers", settings.raw_layers},
-                        {"max_relative_error", settings.max_relative_error},
-                        {"bits_per_entry", settings.bits_per_entry},
-                        {"fixed_size", settings.fixed_size},
-                        {"rope", client::RopesOf(settings, trace).Text()},
-                        {"threads", arguments.backend.threads}};
+  KVSHRINK_ASSIGN_OR_RETURN(settings.basis, arguments.basis.Open());
+  const Json options = {
+      {"chunk_tokens", settings.chunk_tokens},
+      {"raw_tokens", client::RawTokens(settings, trace)},
+      {"max_relative_error", settings.max_relative_error},
+      {"bits_per_entry", settings.bits_per_entry},
+      {"fixed_size", settings.fixed_size},
+      {"basis", settings.basis ? Json(BasisIdText(settings.basis->id())) : Json()},
+      {"rope", client::RopesOf(settings, trace).Text()},
+      {"threads", arguments.backend.threads}};
   Table table({"profile", "bits", "K bits", "V bits", "K error", "V error", "logit rmse",
                "attention error", "attention KL", "K rank", "V rank", "raw blocks", "encode MB/s",
                "decode MB/s"});
@@ -120,6 +123,7 @@ void AddEvalCommand(Program* program) {
       ->capture_default_str()
       ->check(CLI::Validator(CheckProfile, "PROFILE"));
   arguments->coding.Add(command);
+  arguments->basis.Add(command, "calibrated basis (.kvb) of profile kvs2c");
   arguments->backend.AddThreads(command);
   arguments->backend.AddBackend(command);
 }

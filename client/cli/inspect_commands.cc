@@ -100,7 +100,21 @@ struct ShardSummary {
   }
 };
 
-Json ShardJson(const client::KvsEntry& entry, const Shard& shard) {
+// `basis`: the one given, or null. Whether the shard's is it; null when there is nothing to
+// compare.
+Json BasisMatches(const Shard& shard, const Basis* basis) {
+  const auto& id = shard.header().extensions.basis;
+  return id && basis != nullptr ? Json(CheckBasisOf(shard.header(), basis).ok()) : Json();
+}
+
+std::string BasisCell(const Shard& shard, const Basis* basis) {
+  const auto& id = shard.header().extensions.basis;
+  const Json matches = BasisMatches(shard, basis);
+  const char* verdict = matches.is_null() ? "" : matches.get<bool>() ? " matches" : " differs";
+  return id ? BasisIdText(*id) + verdict : "-";
+}
+
+Json ShardJson(const client::KvsEntry& entry, const Shard& shard, const Basis* basis) {
   const ShardHeader& header = shard.header();
   const ShardSummary summary(shard);
   Json blocks = Json::array();
@@ -120,6 +134,8 @@ Json ShardJson(const client::KvsEntry& entry, const Shard& shard) {
           {"raw_rows", header.raw_rows},
           {"rope", header.extensions.rope ? Json(RopeText(*header.extensions.rope)) : Json()},
           {"keys_only", header.keys_only},
+          {"basis", header.extensions.basis ? Json(BasisIdText(*header.extensions.basis)) : Json()},
+          {"basis_matches", BasisMatches(shard, basis)},
           {"preview", shard.preview()},
           {"bits_per_entry", BitsPerEntry(shard.bytes(), header.entries())},
           {"sections",
@@ -133,7 +149,8 @@ Json ShardJson(const client::KvsEntry& entry, const Shard& shard) {
           {"blocks", std::move(blocks)}};
 }
 
-std::vector<std::string> ShardRow(const client::KvsEntry& entry, const Shard& shard) {
+std::vector<std::string> ShardRow(const client::KvsEntry& entry, const Shard& shard,
+                                  const Basis* basis) {
   const ShardHeader& header = shard.header();
   const ShardSummary summary(shard);
   return {StrCat(entry.chunk),
@@ -144,6 +161,7 @@ std::vector<std::string> ShardRow(const client::KvsEntry& entry, const Shard& sh
           std::string(GetProfileInfo(header.profile).name),
           std::string(DTypeName(header.dtype)),
           header.extensions.rope ? RopeText(*header.extensions.rope) : "-",
+          BasisCell(shard, basis),
           StrCat(shard.bytes()),
           Fixed(BitsPerEntry(shard.bytes(), header.entries()), 3),
           StrCat(shard.shared_bytes()),
@@ -168,12 +186,14 @@ std::vector<std::string> BlockRow(const client::KvsEntry& entry, const Shard& sh
 struct InspectArguments {
   std::string in;
   bool blocks = false;
+  BasisArguments basis;
 };
 
 absl::StatusOr<Outcome> RunInspect(const InspectArguments& arguments) {
   KVSHRINK_ASSIGN_OR_RETURN(const client::KvsFile file, client::KvsFile::Open(arguments.in));
-  Table shards({"chunk", "layer", "first", "tokens", "heads", "profile", "dtype", "rope", "bytes",
-                "bits", "index", "low", "scales", "codes", "K rank", "V rank", "raw"},
+  KVSHRINK_ASSIGN_OR_RETURN(const auto basis, arguments.basis.Open());
+  Table shards({"chunk", "layer", "first", "tokens", "heads", "profile", "dtype", "rope", "basis",
+                "bytes", "bits", "index", "low", "scales", "codes", "K rank", "V rank", "raw"},
                0);
   Table blocks({"chunk", "layer", "kind", "head", "row", "rows", "raw rows", "code", "rank",
                 "exponent", "bytes", "bits"},
@@ -182,8 +202,8 @@ absl::StatusOr<Outcome> RunInspect(const InspectArguments& arguments) {
   uint64_t entries = 0;
   KVSHRINK_RETURN_IF_ERROR(
       file.ForEachShard([&](const client::KvsEntry& entry, const Shard& shard) {
-        shards_json.push_back(ShardJson(entry, shard));
-        shards.Add(ShardRow(entry, shard));
+        shards_json.push_back(ShardJson(entry, shard, basis.get()));
+        shards.Add(ShardRow(entry, shard, basis.get()));
         entries += shard.header().entries();
         for (const BlockView& block : shard.blocks()) {
           if (arguments.blocks) {
@@ -227,6 +247,23 @@ struct Verified {
   size_t blocks = 0;
 };
 
+// Every block as it was coded, so that no basis is needed.
+absl::Status DecodeBlocks(const Backend& backend, const Shard& shard, DecodeForm form) {
+  const ShardHeader& header = shard.header();
+  std::vector<absl::Status> statuses(shard.blocks().size());
+  backend.ForEach(statuses.size(), [&](size_t i) {
+    const BlockView& block = shard.blocks()[i];
+    std::vector<float> rows(size_t{block.coded_rows()} * header.shape.head_dim);
+    if (block.code != BlockCode::kRaw) {
+      statuses[i] = backend.DecodeBlock(GetProfileInfo(header.profile).family, block,
+                                        header.shape.head_dim, form, rows.data());
+    }
+  });
+  const auto bad = std::find_if(statuses.begin(), statuses.end(),
+                                [](const absl::Status& status) { return !status.ok(); });
+  return bad == statuses.end() ? absl::OkStatus() : *bad;
+}
+
 absl::Status VerifyFile(const VerifyArguments& arguments, Verified* verified) {
   KVSHRINK_ASSIGN_OR_RETURN(const client::KvsFile file, client::KvsFile::Open(arguments.in));
   verified->bytes = file.bytes();
@@ -234,7 +271,7 @@ absl::Status VerifyFile(const VerifyArguments& arguments, Verified* verified) {
   Progress progress("verify", file.bytes());
   return file.ForEachShard([&](const client::KvsEntry& entry, const Shard& shard) -> absl::Status {
     const DecodeForm form = shard.preview() ? DecodeForm::kLowRank : DecodeForm::kFull;
-    KVSHRINK_RETURN_IF_ERROR(client::DecodeToBytes(*backend, shard, form, DType::kFp32).status());
+    KVSHRINK_RETURN_IF_ERROR(DecodeBlocks(*backend, shard, form));
     ++verified->shards;
     verified->blocks += shard.blocks().size();
     progress.Update(entry.offset_bytes + entry.length_bytes);
@@ -273,6 +310,8 @@ void AddInspectCommands(Program* program) {
                                           [inspect] { return RunInspect(*inspect); });
   command->add_option("IN", inspect->in, ".kvs file or bare shard")->required();
   command->add_flag("--blocks", inspect->blocks, "list every block (always there with --json)");
+
+  inspect->basis.Add(command, "basis (.kvb) to compare with those of kvs2c shards");
 
   const auto verify = std::make_shared<VerifyArguments>();
   command = program->AddCommand("verify", "check every checksum and decode every block",

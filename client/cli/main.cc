@@ -5,6 +5,7 @@ int main(int argc, char** argv) {
   kvshrink::cli::Program program;
   AddEncodeCommands(&program);
   AddEvalCommand(&program);
+  AddCalibrateCommand(&program);
   AddInspectCommands(&program);
   AddPutCommand(&program);
   AddGetCommand(&program);

@@ -125,13 +125,16 @@ void CodingArguments::Add(CLI::App* command) {
       ->check(CLI::Validator(CheckNotNan, "NUMBER"));
   command->add_flag("--fixed-size", settings.fixed_size,
                     "with --bits: all shards of a shape have the same size");
+  rope.Add(command, &settings.ropes);
+}
+
+void RopeArguments::Add(CLI::App* command, std::optional<client::LayerRopes>* ropes) {
   command
       ->add_option_function<std::string>(
           "--rope",
-          [this](const std::string& text) {
-            rope_of_trace = text == kRopeOfTrace;
-            settings.ropes =
-                rope_of_trace ? std::nullopt : std::optional(*client::LayerRopes::Parse(text));
+          [this, ropes](const std::string& text) {
+            of_trace = text == kRopeOfTrace;
+            *ropes = of_trace ? std::nullopt : std::optional(*client::LayerRopes::Parse(text));
           },
           "rotary embedding that K carries, so that it is coded before it: theta=1e6,dim=64,"
           "pairing=neox|gptj,scaling=none|linear|ntk|yarn|yarn-untruncated|llama3,factor=..., with "
@@ -140,11 +143,22 @@ void CodingArguments::Add(CLI::App* command) {
       ->check(CLI::Validator(CheckRope, "ROPE"));
 }
 
-absl::Status CodingArguments::Check(const client::Trace& trace) const {
-  if (rope_of_trace && trace.ropes().empty()) {
+absl::Status RopeArguments::Check(const client::Trace& trace) const {
+  if (of_trace && trace.ropes().empty()) {
     return BadArgument("rope", kRopeOfTrace, "the trace's metadata has no rope_theta");
   }
   return absl::OkStatus();
+}
+
+void BasisArguments::Add(CLI::App* command, const std::string& description) {
+  command->add_option("--basis", path, description);
+}
+
+absl::StatusOr<std::shared_ptr<const Basis>> BasisArguments::Open() const {
+  if (path.empty()) {
+    return std::shared_ptr<const Basis>();
+  }
+  return client::OpenBasis(path);
 }
 
 void CodingArguments::AddProfile(CLI::App* command) {

@@ -8,6 +8,7 @@
 
 #include "CLI/CLI.hpp"
 #include "absl/status/statusor.h"
+#include "kvshrink/client/basis_file.h"
 #include "kvshrink/client/remote.h"
 #include "kvshrink/client/trace_codec.h"
 #include "kvshrink/codec.h"
@@ -42,17 +43,33 @@ struct BackendArguments {
   std::unique_ptr<Backend> Make() const;
 };
 
+// Which rotary embedding keys carry.
+struct RopeArguments {
+  bool of_trace = false;  // and it must have one
+
+  // --rope, which sets `ropes`.
+  void Add(CLI::App* command, std::optional<client::LayerRopes>* ropes);
+  // What a trace must have for these arguments. Errors: INVALID_ARGUMENT naming the field.
+  absl::Status Check(const client::Trace& trace) const;
+};
+
+struct BasisArguments {
+  std::string path;  // "" = none
+
+  // --basis
+  void Add(CLI::App* command, const std::string& description);
+  // Null when none was given. Errors: those of OpenBasis.
+  absl::StatusOr<std::shared_ptr<const Basis>> Open() const;
+};
+
 struct CodingArguments {
   client::CodingSettings settings;
-
-  bool rope_of_trace = false;  // and it must have one
+  RopeArguments rope;
 
   // --chunk-tokens, --raw-tokens, --raw-layers, --max-relative-error, --rope
   void Add(CLI::App* command);
   // --profile
   void AddProfile(CLI::App* command);
-  // What a trace must have for these arguments. Errors: INVALID_ARGUMENT naming the field.
-  absl::Status Check(const client::Trace& trace) const;
 
  private:
   std::string profile_;

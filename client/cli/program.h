@@ -53,13 +53,14 @@ class Program {
 };
 
 // Registrations, one file per group.
-void AddEncodeCommands(Program* program);   // encode, decode
-void AddEvalCommand(Program* program);      // eval
-void AddInspectCommands(Program* program);  // inspect, verify
-void AddPutCommand(Program* program);       // put
-void AddGetCommand(Program* program);       // get
-void AddAttendCommand(Program* program);    // attend
-void AddChunkCommands(Program* program);    // lookup, ls, stat, delete
-void AddInfoCommand(Program* program);      // info
+void AddEncodeCommands(Program* program);    // encode, decode
+void AddEvalCommand(Program* program);       // eval
+void AddCalibrateCommand(Program* program);  // calibrate
+void AddInspectCommands(Program* program);   // inspect, verify
+void AddPutCommand(Program* program);        // put
+void AddGetCommand(Program* program);        // get
+void AddAttendCommand(Program* program);     // attend
+void AddChunkCommands(Program* program);     // lookup, ls, stat, delete
+void AddInfoCommand(Program* program);       // info
 
 }  // namespace kvshrink::cli

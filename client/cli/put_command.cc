@@ -267,7 +267,7 @@ Outcome Describe(const PutArguments& arguments, const client::Trace& trace, size
 
 absl::StatusOr<Outcome> RunPut(const PutArguments& arguments) {
   KVSHRINK_ASSIGN_OR_RETURN(const client::Trace trace, client::Trace::Open(arguments.trace));
-  KVSHRINK_RETURN_IF_ERROR(arguments.coding.Check(trace));
+  KVSHRINK_RETURN_IF_ERROR(arguments.coding.rope.Check(trace));
   KVSHRINK_ASSIGN_OR_RETURN(const auto remote, arguments.server.Connect());
   const size_t chunks =
       client::ChunksOf(trace.tokens(), arguments.coding.settings.chunk_tokens).size();

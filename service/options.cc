@@ -52,6 +52,10 @@ void AddFlags(CLI::App& app, Options& options) {
   Add(app, "--http", options.http, "host:port of /metrics, /healthz, /readyz; \"\" = off");
   Add(app, "--backend", options.backend, "what runs the codec")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
+  app.add_option("--basis", options.bases,
+                 "calibrated basis (.kvb) of profile kvs2c; may be repeated: the first that fits "
+                 "codes, all decode")
+      ->envname(EnvironmentName("--basis"));
   Add(app, "--data-dir", options.data_dir, "folder of the disk tier; \"\" = no disk tier");
   AddSize(app, "--host-bytes", options.host_bytes, "capacity of the host tier");
   AddSize(app, "--disk-bytes", options.disk_bytes, "capacity of the disk tier");

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 #include <variant>
+#include <vector>
 
 #include "absl/status/statusor.h"
 
@@ -14,6 +15,7 @@ struct Options {
   std::string listen = "127.0.0.1:7420";  // host:port of gRPC; port 0 = a free one
   std::string http = "127.0.0.1:7421";    // host:port of metrics and probes; "" = off
   std::string backend = "auto";           // auto, cpu, cuda
+  std::vector<std::string> bases;         // .kvb files of profile kvs2c; the first that fits codes
   std::string data_dir;                   // "" = no disk tier (ParseOptions fills in the default)
   uint64_t host_bytes = uint64_t{1} << 30;
   uint64_t disk_bytes = uint64_t{16} << 30;

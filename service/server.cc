@@ -73,16 +73,18 @@ class Clock {
 
 class GrpcDaemon final : public Server {
  public:
-  GrpcDaemon(const Options& options, ServerParts parts)
+  GrpcDaemon(const Options& options, ServerParts parts, BasisSet bases)
       : options_(options),
         store_(std::move(parts.store)),
         backend_(std::move(parts.backend)),
+        bases_(std::move(bases)),
         admission_(options.inflight_bytes, kMaxTickets),
         metrics_(kVersion, backend_->name()),
         executor_(std::make_unique<Executor>(ThreadCount(options.threads), kMaxTickets)),
         service_(env_) {
     env_.store = store_.get();
     env_.backend = backend_.get();
+    env_.bases = &bases_;
     env_.admission = &admission_;
     env_.executor = executor_.get();
     env_.metrics = &metrics_;
@@ -187,6 +189,7 @@ class GrpcDaemon final : public Server {
   const Options options_;
   std::unique_ptr<store::Store> store_;
   std::unique_ptr<Backend> backend_;
+  const BasisSet bases_;
   Admission admission_;
   Metrics metrics_;
   StreamRegistry streams_;
@@ -204,6 +207,10 @@ class GrpcDaemon final : public Server {
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Options& options, ServerParts parts) {
   KVSHRINK_RETURN_IF_ERROR(ValidateOptions(options));
+  absl::StatusOr<BasisSet> bases = BasisSet::Load(options.bases);
+  if (!bases.ok()) {
+    return bases.status();
+  }
   if (parts.backend == nullptr) {
     parts.backend = MakeCpuBackend(options.threads);
   }
@@ -220,7 +227,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Options& options, Se
     }
     parts.store = *std::move(store);
   }
-  auto server = std::make_unique<GrpcDaemon>(options, std::move(parts));
+  auto server = std::make_unique<GrpcDaemon>(options, std::move(parts), *std::move(bases));
   KVSHRINK_RETURN_IF_ERROR(server->Serve());
   return server;
 }

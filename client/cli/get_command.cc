@@ -28,6 +28,7 @@ struct GetArguments {
   ServerArguments server;
   PrefixArguments run;
   BackendArguments backend;
+  BasisArguments basis;
 };
 
 std::string CheckOut(const std::string& path) {
@@ -64,12 +65,13 @@ struct Totals {
 class Getter {
  public:
   Getter(const GetArguments& arguments, const RunShape& shape, const client::Trace* trace,
-         FetchOutput* output)
+         FetchOutput* output, std::shared_ptr<const Basis> basis)
       : arguments_(arguments),
         shape_(shape),
         trace_(trace),
         output_(output),
         backend_(arguments.backend.Make()),
+        basis_(std::move(basis)),
         agreement_(Places(shape)) {}
 
   absl::Status Add(const client::GotShard& got, const std::string& key) {
@@ -132,7 +134,8 @@ class Getter {
     } else if (output_->wants_values() || trace_ != nullptr) {
       const DecodeForm form =
           arguments_.form == "low-rank" ? DecodeForm::kLowRank : DecodeForm::kFull;
-      KVSHRINK_ASSIGN_OR_RETURN(values, client::DecodeToBytes(*backend_, *shard, form, dtype));
+      KVSHRINK_ASSIGN_OR_RETURN(
+          values, client::DecodeToBytes(*backend_, *shard, form, dtype, basis_.get()));
       body = output_->wants_values() ? std::string_view(values) : body;
     }
     if (trace_ != nullptr) {
@@ -188,6 +191,7 @@ class Getter {
   const client::Trace* trace_;
   FetchOutput* output_;
   std::unique_ptr<Backend> backend_;
+  std::shared_ptr<const Basis> basis_;
   client::KvsAgreement agreement_;
   uint32_t first_token_ = 0;
   Totals totals_;
@@ -308,7 +312,8 @@ absl::StatusOr<Outcome> RunGet(const GetArguments& arguments) {
   }
   KVSHRINK_ASSIGN_OR_RETURN(const std::unique_ptr<FetchOutput> output,
                             MakeOutput(arguments, shape, compared));
-  Getter getter(arguments, shape, compared, output.get());
+  KVSHRINK_ASSIGN_OR_RETURN(auto basis, arguments.basis.Open());
+  Getter getter(arguments, shape, compared, output.get(), std::move(basis));
   client::GetQuery query{arguments.run.name_space, run.keys(), {}, ToForm(arguments.form), {}};
   if (arguments.form == "decoded" && arguments.dtype) {
     query.dtype = client::ToProto(*arguments.dtype);
@@ -349,6 +354,7 @@ void AddGetCommand(Program* program) {
   AddDtype(command, &arguments->dtype, "of decoded tensors (default: the original's)");
   arguments->server.Add(command);
   arguments->run.Add(command, true);
+  arguments->basis.Add(command, "calibrated basis (.kvb) of kvs2c shards that are decoded here");
   arguments->backend.AddThreads(command);
   command->parse_complete_callback([arguments] {
     if (arguments->form == "decoded" && EndsWith(arguments->out, ".kvs")) {

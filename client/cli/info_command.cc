@@ -12,6 +12,15 @@
 namespace kvshrink::cli {
 namespace {
 
+// As BasisIdText, whatever length a server sends.
+std::string BasisText(const v1::BasisInfo& basis) {
+  std::string text;
+  for (const char byte : basis.id()) {
+    text += StrCat(absl::Hex(static_cast<uint8_t>(byte), absl::kZeroPad2));
+  }
+  return text;
+}
+
 Json InfoJson(const std::string& server, const v1::ServerInfoResponse& info) {
   Json profiles = Json::array();
   for (const std::string& profile : info.profiles()) {
@@ -22,6 +31,14 @@ Json InfoJson(const std::string& server, const v1::ServerInfoResponse& info) {
     tiers.push_back({{"tier", client::TierName(tier.tier())},
                      {"capacity_bytes", tier.capacity_bytes()},
                      {"used_bytes", tier.used_bytes()}});
+  }
+  Json bases = Json::array();
+  for (const v1::BasisInfo& basis : info.bases()) {
+    bases.push_back({{"id", BasisText(basis)},
+                     {"model", basis.model()},
+                     {"head_dim", basis.head_dim()},
+                     {"kv_heads", basis.kv_heads()},
+                     {"layers", basis.layers()}});
   }
   const auto profile = client::FromProto(info.default_profile());
   return {{"server", server},
@@ -37,6 +54,7 @@ Json InfoJson(const std::string& server, const v1::ServerInfoResponse& info) {
           {"tiers", std::move(tiers)},
           {"chunks", info.chunks()},
           {"uncommitted_bytes", info.uncommitted_bytes()},
+          {"bases", std::move(bases)},
           {"draining", info.draining()}};
 }
 
@@ -57,6 +75,11 @@ std::string InfoText(const std::string& server, const v1::ServerInfoResponse& in
   for (const v1::TierInfo& tier : info.tiers()) {
     facts.emplace_back(StrCat("tier ", client::TierName(tier.tier())),
                        StrCat(Bytes(tier.used_bytes()), " of ", Bytes(tier.capacity_bytes())));
+  }
+  for (const v1::BasisInfo& basis : info.bases()) {
+    facts.emplace_back(
+        "basis", StrCat(BasisText(basis), ", ", Printable(basis.model()), ", ", basis.layers_size(),
+                        " layers of ", basis.kv_heads(), "x", basis.head_dim()));
   }
   return Facts(facts);
 }

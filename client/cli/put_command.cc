@@ -22,6 +22,7 @@ struct PutArguments {
   ServerArguments server;
   PrefixArguments run;
   CodingArguments coding;
+  BasisArguments basis;
   BackendArguments backend;
 };
 
@@ -265,7 +266,8 @@ Outcome Describe(const PutArguments& arguments, const client::Trace& trace, size
   return outcome;
 }
 
-absl::StatusOr<Outcome> RunPut(const PutArguments& arguments) {
+absl::StatusOr<Outcome> RunPut(PutArguments arguments) {
+  KVSHRINK_ASSIGN_OR_RETURN(arguments.coding.settings.basis, arguments.basis.Open());
   KVSHRINK_ASSIGN_OR_RETURN(const client::Trace trace, client::Trace::Open(arguments.trace));
   KVSHRINK_RETURN_IF_ERROR(arguments.coding.rope.Check(trace));
   KVSHRINK_ASSIGN_OR_RETURN(const auto remote, arguments.server.Connect());
@@ -303,6 +305,8 @@ void AddPutCommand(Program* program) {
   arguments->run.Add(command, true);
   arguments->coding.AddProfile(command);
   arguments->coding.Add(command);
+  arguments->basis.Add(command,
+                       "with --encode-at client: calibrated basis (.kvb) of profile kvs2c");
   arguments->backend.AddThreads(command);
 }
 

@@ -17,7 +17,7 @@ static_assert(v1::ROPE_SCALING_NONE == static_cast<int>(RopeScaling::kNone) + kP
 static_assert(v1::ROPE_SCALING_YARN_UNTRUNCATED ==
               static_cast<int>(RopeScaling::kYarnUntruncated) + kProtoOffset);
 static_assert(v1::PROFILE_RAW == static_cast<int>(Profile::kRaw) + kProtoOffset);
-static_assert(v1::PROFILE_KVS3T == static_cast<int>(Profile::kKvs3t) + kProtoOffset);
+static_assert(v1::PROFILE_KVS2C == static_cast<int>(Profile::kKvs2c) + kProtoOffset);
 
 v1::DType ToProto(DType dtype) {
   return static_cast<v1::DType>(static_cast<int>(dtype) + kProtoOffset);

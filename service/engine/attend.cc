@@ -24,10 +24,12 @@ class AllScores final : public AttendSink {
  public:
   explicit AllScores(const AttendTask& task) : task_(task), body_(task.answer_bytes(), '\0') {}
 
-  absl::Status Add(const Backend& backend, const Shard& shard, const float* q) override {
+  absl::Status Add(const Backend& backend, const Shard& shard, const float* q,
+                   const Basis* basis) override {
     const size_t tokens = shard.header().shape.tokens;
     scratch_.resize(task_.rows() * tokens);
-    KVSHRINK_RETURN_IF_ERROR(AttentionScores(backend, shard, task_.params, q, scratch_.data()));
+    KVSHRINK_RETURN_IF_ERROR(
+        AttentionScores(backend, shard, task_.params, q, scratch_.data(), basis));
     for (size_t row = 0; row < task_.rows(); ++row) {
       std::memcpy(body_.data() + (row * task_.tokens + first_) * sizeof(float),
                   scratch_.data() + row * tokens, tokens * sizeof(float));
@@ -49,10 +51,12 @@ class TopScores final : public AttendSink {
  public:
   explicit TopScores(const AttendTask& task) : task_(task), best_(task.rows() * task.top_k) {}
 
-  absl::Status Add(const Backend& backend, const Shard& shard, const float* q) override {
+  absl::Status Add(const Backend& backend, const Shard& shard, const float* q,
+                   const Basis* basis) override {
     const size_t tokens = shard.header().shape.tokens;
     scratch_.resize(task_.rows() * tokens);
-    KVSHRINK_RETURN_IF_ERROR(AttentionScores(backend, shard, task_.params, q, scratch_.data()));
+    KVSHRINK_RETURN_IF_ERROR(
+        AttentionScores(backend, shard, task_.params, q, scratch_.data(), basis));
     for (size_t row = 0; row < task_.rows(); ++row) {
       AddRow(std::span(scratch_).subspan(row * tokens, tokens),
              std::span(best_).subspan(row * task_.top_k, task_.top_k));
@@ -123,8 +127,9 @@ class PartialOutput final : public AttendSink {
   explicit PartialOutput(const AttendTask& task)
       : task_(task), accumulator_(task.params, task.head_dim) {}
 
-  absl::Status Add(const Backend& backend, const Shard& shard, const float* q) override {
-    return accumulator_.Add(backend, shard, q);
+  absl::Status Add(const Backend& backend, const Shard& shard, const float* q,
+                   const Basis* basis) override {
+    return accumulator_.Add(backend, shard, q, basis);
   }
 
   std::string Take() override {

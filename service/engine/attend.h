@@ -31,8 +31,10 @@ class AttendSink {
  public:
   virtual ~AttendSink() = default;
 
-  // Adds the next shard, in sequence order. `q` is fp32 [queries, q_heads, head_dim], finite.
-  virtual absl::Status Add(const Backend& backend, const Shard& shard, const float* q) = 0;
+  // Adds the next shard, in sequence order. `q` is fp32 [queries, q_heads, head_dim], finite;
+  // `basis` that of the shard, or null.
+  virtual absl::Status Add(const Backend& backend, const Shard& shard, const float* q,
+                           const Basis* basis) = 0;
   // The answer's body as AttendAnswer describes it; the sink is spent.
   virtual std::string Take() = 0;
 };

@@ -61,12 +61,12 @@ absl::Status CheckBlocks(const Backend& backend, const Shard& shard) {
 
 absl::StatusOr<std::string> DecodeToBytes(const Backend& backend, const Shard& shard,
                                           DecodeForm form, const TensorPlan& plan,
-                                          std::span<const uint32_t> kv_heads) {
+                                          std::span<const uint32_t> kv_heads, const Basis* basis) {
   const TensorShape& shape = shard.header().shape;
   std::string body(plan.bytes, '\0');
   std::byte* data = reinterpret_cast<std::byte*>(body.data());
   if (kv_heads.empty()) {
-    KVSHRINK_RETURN_IF_ERROR(DecodeShard(backend, shard, form, plan.K(data), plan.V(data)));
+    KVSHRINK_RETURN_IF_ERROR(DecodeShard(backend, shard, form, plan.K(data), plan.V(data), basis));
     return body;
   }
   if (kv_heads.back() >= shape.kv_heads) {
@@ -79,7 +79,8 @@ absl::StatusOr<std::string> DecodeToBytes(const Backend& backend, const Shard& s
   const TensorLayout packed = LayoutThd(shape);
   const MutableTensor v_out{v, plan.dtype, shape, packed};
   KVSHRINK_RETURN_IF_ERROR(DecodeShard(backend, shard, form, {k, plan.dtype, shape, packed},
-                                       plan.keys_only ? std::nullopt : std::optional(v_out)));
+                                       plan.keys_only ? std::nullopt : std::optional(v_out),
+                                       basis));
   CopyHeads({k, plan.dtype, shape, packed}, kv_heads, plan.K(data));
   if (!plan.keys_only) {
     CopyHeads({v, plan.dtype, shape, packed}, kv_heads, *plan.V(data));

@@ -22,10 +22,11 @@ ShardReport ReportOf(const Shard& shard);
 absl::Status CheckBlocks(const Backend& backend, const Shard& shard);
 
 // Decodes into a new byte string of plan.bytes bytes (gaps between strides are zero). `kv_heads`,
-// ascending, picks heads; empty = all; plan.shape has as many heads as are picked. Errors:
-// INVALID_ARGUMENT (a head that isn't there), DATA_LOSS.
+// ascending, picks heads; empty = all; plan.shape has as many heads as are picked. `basis`: that of
+// the shard, or null. Errors: INVALID_ARGUMENT (a head that isn't there), FAILED_PRECONDITION (no
+// basis), DATA_LOSS.
 absl::StatusOr<std::string> DecodeToBytes(const Backend& backend, const Shard& shard,
                                           DecodeForm form, const TensorPlan& plan,
-                                          std::span<const uint32_t> kv_heads);
+                                          std::span<const uint32_t> kv_heads, const Basis* basis);
 
 }  // namespace kvshrink::service

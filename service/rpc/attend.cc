@@ -217,7 +217,7 @@ absl::Status AttendStream::AddChunk(const AttendDetails& details, const store::C
       return InChunk(id, absl::AbortedError("was replaced while the request came in"));
     }
     *tokens += shape.tokens;
-    status = sink->Add(*env_.backend, *shard, q);
+    status = sink->Add(*env_.backend, *shard, q, env_.bases->Of(shard->header()));
   }
   if (absl::IsDataLoss(status)) {
     env_.store->ReportDamaged(key);

@@ -27,6 +27,7 @@ absl::StatusOr<Accepted<CompressDetails>> CompressStream::Check(const v1::Compre
     return plan.status();
   }
   KVSHRINK_RETURN_IF_ERROR(CheckFit(*options, plan->shape));
+  KVSHRINK_RETURN_IF_ERROR(env_.bases->Choose(plan->shape, &*options));
   return Accepted<CompressDetails>{
       {*plan, *options},
       header.body_bytes() + EncodeBytes(plan->shape, plan->dtype, plan->keys_only)};
@@ -77,9 +78,9 @@ absl::StatusOr<DecompressStream::Answer> DecompressStream::Work(Object& object) 
   }
   // Only the shard says how large its tensors are: that part of the memory is asked for now.
   KVSHRINK_RETURN_IF_ERROR(object.ticket->GrowTo(object.charge_bytes + plan->bytes));
-  absl::StatusOr<std::string> body =
-      DecodeToBytes(*env_.backend, *shard,
-                    details.low_rank ? DecodeForm::kLowRank : DecodeForm::kFull, *plan, {});
+  absl::StatusOr<std::string> body = DecodeToBytes(
+      *env_.backend, *shard, details.low_rank ? DecodeForm::kLowRank : DecodeForm::kFull, *plan, {},
+      env_.bases->Of(shard->header()));
   if (!body.ok()) {
     return AsCallersFault(body.status());
   }

@@ -18,7 +18,7 @@ static_assert(static_cast<int>(RopePairing::kGptj) + 1 == v1::ROPE_PAIRING_GPTJ)
 static_assert(static_cast<int>(RopeScaling::kYarnUntruncated) + 1 ==
               v1::ROPE_SCALING_YARN_UNTRUNCATED);
 static_assert(static_cast<int>(Profile::kRaw) + 1 == v1::PROFILE_RAW);
-static_assert(static_cast<int>(Profile::kKvs3t) + 1 == v1::PROFILE_KVS3T);
+static_assert(static_cast<int>(Profile::kKvs2c) + 1 == v1::PROFILE_KVS2C);
 
 void FillKind(const KindReport& report, v1::KindStats* out) {
   out->set_bits_per_entry(report.bits_per_entry());
@@ -50,10 +50,13 @@ absl::StatusOr<Profile> ToProfile(v1::Profile profile, std::string_view field) {
   if (profile == v1::PROFILE_UNSPECIFIED) {
     return kDefaultProfile;
   }
-  if (profile < v1::PROFILE_RAW || profile > v1::PROFILE_KVS3T) {
+  const int id = static_cast<int>(profile) - 1;
+  const auto known = id >= 0 && id <= UINT8_MAX ? ProfileFromId(static_cast<uint8_t>(id))
+                                                : std::optional<Profile>();
+  if (!known.has_value()) {
     return BadArgument(field, static_cast<int>(profile), "is no profile of this build");
   }
-  return static_cast<Profile>(profile - 1);
+  return *known;
 }
 
 absl::StatusOr<EncodeOptions> ToEncodeOptions(const v1::EncodeSpec& spec, uint32_t layer) {

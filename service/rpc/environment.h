@@ -8,6 +8,7 @@
 #include "absl/time/time.h"
 #include "kvshrink/codec.h"
 #include "service/engine/admission.h"
+#include "service/engine/basis_set.h"
 #include "service/engine/executor.h"
 #include "service/observe/metrics.h"
 #include "service/rpc/stream_registry.h"
@@ -19,6 +20,7 @@ namespace kvshrink::service {
 struct Environment {
   store::Store* store = nullptr;
   const Backend* backend = nullptr;
+  const BasisSet* bases = nullptr;
   Admission* admission = nullptr;
   Executor* executor = nullptr;
   Metrics* metrics = nullptr;

@@ -278,8 +278,8 @@ absl::StatusOr<GetStream::Answer> GetStream::Decode(const Progress& progress, co
     return plan.status();
   }
   const std::vector<uint32_t> heads(request.kv_heads().begin(), request.kv_heads().end());
-  absl::StatusOr<std::string> body =
-      DecodeToBytes(*env_.backend, shard, DecodeForm::kFull, *plan, heads);
+  absl::StatusOr<std::string> body = DecodeToBytes(*env_.backend, shard, DecodeForm::kFull, *plan,
+                                                   heads, env_.bases->Of(shard.header()));
   if (!body.ok()) {
     return body.status();
   }

@@ -113,7 +113,8 @@ absl::Status PutStream::CheckContent(const v1::PutHeader& header, PutDetails& de
       }
       details.options = *options;
       details.tensor = *plan;
-      return CheckFit(*options, plan->shape);
+      KVSHRINK_RETURN_IF_ERROR(CheckFit(*options, plan->shape));
+      return env_.bases->Choose(plan->shape, &details.options);
     }
     default:
       return absl::InvalidArgumentError("field 'content' is not set: must be tensor or encoded");

@@ -135,6 +135,16 @@ void FillServerInfo(const Environment& env, v1::ServerInfoResponse* response) {
   response->set_chunks(env.store->chunks());
   response->set_uncommitted_bytes(env.store->uncommitted_bytes());
   response->set_draining(env.draining);
+  for (const Basis& basis : env.bases->all()) {
+    v1::BasisInfo* info = response->add_bases();
+    info->set_id(std::string(basis.id().begin(), basis.id().end()));
+    info->set_model(basis.model());
+    info->set_head_dim(basis.head_dim());
+    info->set_kv_heads(basis.kv_heads());
+    for (const Basis::Layer& layer : basis.layers()) {
+      info->add_layers(layer.layer);
+    }
+  }
 }
 
 }  // namespace kvshrink::service

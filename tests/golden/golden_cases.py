@@ -19,12 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvs_shard import PROFILES
+from kvs_basis import write_basis
+from kvs_shard import CALIBRATED, PROFILES
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
 TRACES = HERE.parent / "data"
 Array = npt.NDArray[Any]
+
+
+BASIS_FILE = "hadamard.kvb"
+BASIS = f"{{}}/{BASIS_FILE}"
 
 
 class Case(NamedTuple):
@@ -40,7 +45,7 @@ LLAMA3 = (
 
 # Every profile on a slice of a real trace (a whole block and a part of one), then the corners of the format.
 CASES: dict[str, Case] = {
-    **{profile: Case("real", ("--profile", profile)) for profile in PROFILES},
+    **{profile: Case("real", ("--profile", profile)) for profile in PROFILES if profile != CALIBRATED},
     "chunks": Case("layers", ("--profile", "kvs2", "--chunk-tokens", "100")),
     "escalated": Case("layers", ("--profile", "kvs2", "--max-relative-error", "0.02")),
     "escalated_2t": Case("layers", ("--profile", "kvs2t", "--max-relative-error", "0.02")),
@@ -61,6 +66,9 @@ CASES: dict[str, Case] = {
     "rope_not_finite": Case("not_finite", ("--profile", "kvs2", "--rope", "theta=1e5")),
     "rate_2.5": Case("layers", ("--profile", "kvs2", "--bits", "2.5")),
     "slots": Case("layers", ("--profile", "kvs2", "--bits", "2.7", "--fixed-size")),
+    # {} is the folder of the sources.
+    "kvs2c": Case("real", ("--profile", "kvs2c", "--basis", BASIS)),
+    "bounded_kvs2c": Case("real", ("--profile", "kvs2c", "--basis", BASIS, "--max-relative-error", "0.01")),
     "not_finite": Case("not_finite", ("--profile", "kvs2")),
     "mla_latent_kvs2": Case("mla_latent", ("--profile", "kvs2")),
     "mla_rotary_fp8": Case("mla_rotary", ("--profile", "fp8")),
@@ -156,8 +164,18 @@ def sources() -> dict[str, tuple[str, dict[str, Array]]]:
     }
 
 
+def hadamard_basis() -> bytes:
+    """Of the layer and head of `real`: vectors of +-1/8, gains from 0.2 to 8."""
+    i, j = np.meshgrid(np.arange(64), np.arange(64), indexing="ij")
+    odd = np.array([bin(x).count("1") % 2 for x in (i & j).ravel()]).reshape(64, 64)
+    gains = (np.round(64 * np.exp2(np.arange(64) % 11 / 2 - 2.25)) / 64).astype(np.float32)
+    vectors = np.where(odd, np.float32(-0.125), np.float32(0.125))
+    return write_basis({6: (gains[None], vectors[None])}, 1, "hadamard")
+
+
 def write_sources(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    Path(BASIS.format(folder)).write_bytes(hadamard_basis())
     for name, (dtype, tensors) in sources().items():
         write_source(folder / f"{name}.safetensors", dtype, tensors)
 

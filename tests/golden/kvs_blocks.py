@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvs_basis import Basis, metrics_of
 from kvs_error import FormatError, require
 from kvs_rope import embed
 from kvs_shard import (
@@ -246,6 +247,11 @@ def fp8_rows(shard: Shard, block: Block) -> Floats:
     return rows
 
 
+def finite(rows: Floats) -> Output:
+    largest = float(np.finfo(np.float32).max)
+    return np.clip(rows, -largest, largest).astype(np.float32)
+
+
 def coded_rows(shard: Shard, block: Block, low_rank: bool) -> Output:
     """The coded rows of a block whose code is not RAW or ZERO, m x d."""
     family, d = shard.header.family, shard.header.head_dim
@@ -258,8 +264,7 @@ def coded_rows(shard: Shard, block: Block, low_rank: bool) -> Output:
             rows += fp8_rows(shard, block)
         else:
             rows += kvs_residual(shard, block) if family == "kvs" else tq_residual(shard, block)
-    largest = float(np.finfo(np.float32).max)
-    return np.clip(np.ldexp(rows, block.exponent), -largest, largest).astype(np.float32)
+    return finite(np.ldexp(rows, block.exponent))
 
 
 class Decoded(NamedTuple):
@@ -268,17 +273,20 @@ class Decoded(NamedTuple):
     header: Header
 
 
-def decode_shard(data: bytes | memoryview, low_rank: bool = False) -> Decoded:
+def decode_shard(data: bytes | memoryview, low_rank: bool = False, basis: Basis | None = None) -> Decoded:
     """K and V (None: keys only) of a shard.
 
     With low_rank, `data` may be a preview: raw rows and the low-rank part only, the rest 0.
     """
-    return decode_parsed(parse_shard(data, allow_preview=low_rank), low_rank)
+    return decode_parsed(parse_shard(data, allow_preview=low_rank), low_rank, basis)
 
 
-def decode_parsed(shard: Shard, low_rank: bool = False) -> Decoded:
+def decode_parsed(shard: Shard, low_rank: bool = False, basis: Basis | None = None) -> Decoded:
     header = shard.header
     dtype = DTYPES.index(header.dtype)
+    metrics = None
+    if shard.basis is not None:
+        metrics = metrics_of(basis, shard.basis, header.layer, header.kv_heads, header.head_dim)
     out = np.zeros((header.kinds, header.tokens, header.kv_heads, header.head_dim), np.float32)
     for block in shard.blocks:
         rows = out[block.kind, block.first_row : block.first_row + block.n, block.head]
@@ -289,6 +297,8 @@ def decode_parsed(shard: Shard, low_rank: bool = False) -> Decoded:
                 rows[split:] = exact_values(shard.data[block.codes], dtype).reshape(block.m, header.head_dim)
         elif block.code != ZERO:
             coded = coded_rows(shard, block, low_rank)
+            if metrics is not None and block.kind == 0:
+                coded = finite(coded @ metrics.inverse[block.head])
             if shard.rope is not None and block.kind == 0:
                 coded = embed(shard.rope, header.first_token + block.first_row + split, coded)
             rows[split:] = coded

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvs_basis import Basis
 from kvs_blocks import Output, decode_shard
 from kvs_error import require
 from kvs_shard import Header
@@ -135,7 +136,9 @@ def join(pieces: list[LayerTensors]) -> LayerTensors:
     return LayerTensors(np.concatenate([piece.k for piece in pieces]), np.concatenate(values) if values else None)
 
 
-def decode_file(data: bytes | memoryview, low_rank: bool = False) -> tuple[KvsFile, dict[int, LayerTensors]]:
+def decode_file(
+    data: bytes | memoryview, low_rank: bool = False, basis: Basis | None = None
+) -> tuple[KvsFile, dict[int, LayerTensors]]:
     """K and V of every layer, chunks joined."""
     file = parse_file(data)
     low_rank = low_rank or file.previews
@@ -146,7 +149,7 @@ def decode_file(data: bytes | memoryview, low_rank: bool = False) -> tuple[KvsFi
     for i, entry in enumerate(file.entries):
         if i % len(file.layers) == 0 and of_chunk is not None:
             end, of_chunk = of_chunk.first_token + of_chunk.tokens, None
-        k, v, header = decode_shard(file.shard(i), low_rank)
+        k, v, header = decode_shard(file.shard(i), low_rank, basis)
         check_agreement(entry, header, of_chunk, end, first.get(entry.layer))
         of_chunk = header
         first.setdefault(entry.layer, header)

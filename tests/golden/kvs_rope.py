@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +27,14 @@ class Rope:
     numbers: tuple[float, ...]
 
 
-def read_extensions(data: bytes | memoryview, head_dim: int) -> Rope | None:
-    """The records of section 3.2; version 1 knows one type."""
-    rope, last_type = None, 0
+class Extensions(NamedTuple):
+    rope: Rope | None = None
+    basis: bytes | None = None  # the id of a calibrated basis
+
+
+def read_extensions(data: bytes | memoryview, head_dim: int) -> Extensions:
+    """The records of section 3.2."""
+    found, last_type = Extensions(), 0
     while len(data):
         require(len(data) >= 8, "extension.size", len(data), "a record begins with 8 bytes")
         kind, size, reserved = struct.unpack_from("<HHI", data)
@@ -37,11 +43,16 @@ def read_extensions(data: bytes | memoryview, head_dim: int) -> Rope | None:
         fits = size % 8 == 0 and size <= len(data) - 8
         require(fits, "extension.size", size, f"must be a multiple of 8, at most {len(data) - 8}")
         require(reserved == 0, "extension.reserved", reserved, "must be 0")
-        if kind != 1:
+        payload = data[8 : 8 + size]
+        if kind == 1:
+            found = found._replace(rope=read_rope(payload, head_dim))
+        elif kind == 2:
+            require(size == 16, "extension.size", size, "must be 16 for a basis")
+            found = found._replace(basis=bytes(payload))
+        else:
             raise FormatError("extension.type", kind, "unknown to version 1")
-        rope = read_rope(data[8 : 8 + size], head_dim)
         data = data[8 + size :]
-    return rope
+    return found
 
 
 def read_rope(payload: bytes | memoryview, head_dim: int) -> Rope:

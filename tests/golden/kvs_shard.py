@@ -24,8 +24,9 @@ BLOCK_TOKENS = 128
 MAX_ENTRIES = 1 << 27
 FLAG_KEYS_ONLY = 1
 
-PROFILES = ("raw", "fp8", "tq2", "tq3", "tq4", "eoptshrinkq2", "kvs2", "kvs3", "kvs4", "kvs2t", "kvs3t")
-FAMILIES = ("raw", "fp8", "tq", "tq", "tq", "eoptshrinkq", "kvs", "kvs", "kvs", "kvs", "kvs")
+PROFILES = ("raw", "fp8", "tq2", "tq3", "tq4", "eoptshrinkq2", "kvs2", "kvs3", "kvs4", "kvs2t", "kvs3t", "kvs2c")
+FAMILIES = ("raw", "fp8", "tq", "tq", "tq", "eoptshrinkq", "kvs", "kvs", "kvs", "kvs", "kvs", "kvs")
+CALIBRATED = "kvs2c"
 DTYPES = ("fp32", "fp16", "bf16", "fp8_e4m3")
 DTYPE_BYTES = (4, 2, 2, 1)
 
@@ -106,6 +107,7 @@ class Shard:
     whole: bool  # False: a preview, SCALES and CODES are not to be read
     preview_bytes: int
     rope: Rope | None
+    basis: bytes | None  # id
 
 
 def read_header(data: bytes | memoryview) -> tuple[Header, dict[str, int]]:
@@ -132,8 +134,8 @@ def read_header(data: bytes | memoryview) -> tuple[Header, dict[str, int]]:
     require(raw_rows <= tokens, "raw_rows", raw_rows, f"must be at most tokens ({tokens})")
     require(ext_bytes % 8 == 0 and ext_bytes <= 4096, "ext_bytes", ext_bytes, "must be a multiple of 8, at most 4096")
     header = Header(
-        PROFILES[profile], FAMILIES[profile], DTYPES[dtype], head_dim, kv_heads, tokens, first_token, layer,
-        bool(flags & FLAG_KEYS_ONLY), raw_rows, low_bytes, scales_bytes, codes_bytes, bool(flags & FLAG_PADDED),
+        PROFILES[profile], FAMILIES[profile], DTYPES[dtype], head_dim, kv_heads, tokens, first_token,
+        layer, bool(flags & FLAG_KEYS_ONLY), raw_rows, low_bytes, scales_bytes, codes_bytes, bool(flags & FLAG_PADDED),
     )  # fmt: skip
     checks = dict(zip(("index", "low", "scales", "codes"), checksums[:4], strict=True))
     return header, {**checks, "ext_bytes": ext_bytes}
@@ -290,14 +292,17 @@ def parse_shard(data: bytes | memoryview, allow_preview: bool = False) -> Shard:
     require(len(data) >= low_start, "size", len(data), f"header, extensions and index are {low_start} bytes")
     ok = rest["index"] == section_checksum(data[HEADER_BYTES:low_start])
     require(ok, "index_checksum", f"{rest['index']:016x}", "is not that of extensions and index")
-    rope = read_extensions(data[HEADER_BYTES:index_start], header.head_dim)
+    rope, basis = read_extensions(data[HEADER_BYTES:index_start], header.head_dim)
+    fits = (basis is not None) == (header.profile == CALIBRATED)
+    named = "none" if basis is None else basis.hex()
+    require(fits, "extension.basis", named, f"must be there exactly with profile {CALIBRATED}")
     index = np.frombuffer(data[index_start:low_start], INDEX_ENTRY)
     n, m = rows_of_blocks(header)
     check_index(header, index, n, m)
     layout = check_layout(header, index, n, m)
     whole = check_sections(header, data, low_start, rest, allow_preview)
     blocks = place_blocks(header, index, n, m, layout, low_start)
-    shard = Shard(header, blocks, np.frombuffer(data, np.uint8), whole, low_start + header.low_bytes, rope)
+    shard = Shard(header, blocks, np.frombuffer(data, np.uint8), whole, low_start + header.low_bytes, rope, basis)
     if header.family == "kvs":
         for block in blocks:
             if block.rank:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from golden_cases import CASES, DATA, read_safetensors, write_sources
+from golden_cases import BASIS_FILE, CASES, DATA, read_safetensors, write_sources
 
 MAX_BYTES = 40_000
 
@@ -22,12 +23,17 @@ MAX_BYTES = 40_000
 def encode(kvshrink: Path, sources: Path, name: str, output: Path, *options: str) -> None:
     case = CASES[name]
     source = sources / f"{case.source}.safetensors"
-    subprocess.run([kvshrink, "encode", source, output, *case.options, *options], check=True, capture_output=True)
+    filled = [option.format(sources) for option in case.options]
+    subprocess.run([kvshrink, "encode", source, output, *filled, *options], check=True, capture_output=True)
 
 
 def decode_sums(kvshrink: Path, file: Path, output: Path) -> dict[str, str]:
     """SHA-256 of each tensor as fp32; `output` is left there."""
-    subprocess.run([kvshrink, "decode", file, output, "--dtype", "fp32"], check=True, capture_output=True)
+    subprocess.run(
+        [kvshrink, "decode", file, output, "--dtype", "fp32", "--basis", DATA / BASIS_FILE],
+        check=True,
+        capture_output=True,
+    )
     tensors = sorted(read_safetensors(output).items())
     return {name: hashlib.sha256(data).hexdigest() for name, (_, _, data) in tensors}
 
@@ -40,6 +46,7 @@ def main() -> int:
         old.unlink()
     with tempfile.TemporaryDirectory() as folder:
         write_sources(Path(folder))
+        shutil.copy(Path(folder) / BASIS_FILE, DATA)
         for name, case in CASES.items():
             file = DATA / f"{name}.kvs"
             encode(kvshrink, Path(folder), name, file)

@@ -1,4 +1,4 @@
-"""XXH64 with seed 0 in plain Python (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md)."""
+"""XXH64 in plain Python (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def _round(acc: int, lane: int) -> int:
     return (_rotl((acc + lane * _P2) & _MASK, 31) * _P1) & _MASK
 
 
-def _stripes(data: bytes | memoryview, size: int) -> int:
+def _stripes(data: bytes | memoryview, size: int, seed: int) -> int:
     """Accumulator after the whole 32-byte stripes. The rounds are written out: this loop is all the time."""
-    a, b, c, d = (_P1 + _P2) & _MASK, _P2, 0, -_P1 & _MASK
+    a, b, c, d = (seed + _P1 + _P2) & _MASK, (seed + _P2) & _MASK, seed, (seed - _P1) & _MASK
     m, p1, p2 = _MASK, _P1, _P2
     for w, x, y, z in struct.iter_unpack("<4Q", data[: size - size % 32]):
         a = (a + w * p2) & m
@@ -39,9 +39,9 @@ def _stripes(data: bytes | memoryview, size: int) -> int:
     return acc
 
 
-def xxh64(data: bytes | memoryview) -> int:
+def xxh64(data: bytes | memoryview, seed: int = 0) -> int:
     size = len(data)
-    acc = _stripes(data, size) if size >= 32 else _P5
+    acc = _stripes(data, size, seed) if size >= 32 else (seed + _P5) & _MASK
     acc = (acc + size) & _MASK
     at = size - size % 32
     while at + 8 <= size:

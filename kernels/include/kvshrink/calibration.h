@@ -7,7 +7,7 @@
 
 namespace kvshrink {
 
-inline constexpr double kDefaultCalibrationEps = 0.5;
+inline constexpr double kDefaultCalibrationEps = 1;
 inline constexpr double kMinCalibrationEps = 0.01;
 inline constexpr double kMaxCalibrationEps = 100;
 

@@ -96,7 +96,8 @@ def test_coded_rows_of_k_are_turned(scaling: str, pairing: int) -> None:
 
 BAD = [
     ("extension.type", record(rope_payload(), kind=3)),
-    ("extension.size", record(rope_payload(), kind=2)),
+    ("extension.size", record(rope_payload("linear"), kind=2)),
+    ("extension.basis", record(rope_payload(), kind=2)),
     ("extension.type", record(rope_payload(), kind=0)),
     ("extension.type", record(rope_payload()) * 2),
     ("extension.size", record(rope_payload(), size=12)),

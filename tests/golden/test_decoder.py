@@ -231,7 +231,7 @@ BAD_SHARDS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("magic", {"magic": b"KVS2"}, {}),
     ("version", {"version": 2}, {}),
     ("header_checksum", {"header_checksum": 1}, {}),
-    ("profile", {"profile": 11}, {}),
+    ("profile", {"profile": 12}, {}),
     ("dtype", {"dtype": 4}, {}),
     ("head_dim", {"head_dim": 0}, {}),
     ("head_dim", {"head_dim": 513}, {}),

@@ -89,7 +89,7 @@ TEST_P(HeadDims, BackendsLoseAndCostTheSame) {
   const auto reference = MakeReferenceBackend();
   for (const TensorShape shape : Shapes(GetParam())) {
     const Source source = MakeSource(shape);
-    for (const ProfileInfo& profile : AllProfiles()) {
+    for (const ProfileInfo& profile : testing::PlainProfiles()) {
       const ShardReport a = ReportOf(*cpu, source, profile.profile);
       const ShardReport b = ReportOf(*reference, source, profile.profile);
       EXPECT_NEAR(a.bits_per_entry(), b.bits_per_entry(), 0.002 * b.bits_per_entry())

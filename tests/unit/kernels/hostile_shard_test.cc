@@ -86,7 +86,7 @@ TEST(HostileShard, EachFieldOfTheHeader) {
       {at::kMagic, 1, 'X', "magic"},
       {at::kVersion, 2, 2, "version"},
       {at::kVersion, 2, 0, "version"},
-      {at::kProfile, 1, 11, "profile"},
+      {at::kProfile, 1, 12, "profile"},
       {at::kProfile, 1, 255, "profile"},
       {at::kDType, 1, 4, "dtype"},
       {at::kHeadDim, 2, 0, "head_dim"},

@@ -29,7 +29,7 @@ TEST(KeysOnly, BlocksAreThoseOfAShardWithValues) {
   const auto backend = MakeCpuBackend(2);
   for (const TensorShape shape : {kLatent, kRotary, TensorShape{130, 3, 80}}) {
     const Tensor k = Keys(shape);
-    for (const ProfileInfo& profile : AllProfiles()) {
+    for (const ProfileInfo& profile : testing::PlainProfiles()) {
       const std::string bytes = EncodeKeys(k, profile.profile);
       const auto both =
           *EncodeShard(*backend, k.View(), k.View(), OptionsOf(profile.profile), nullptr);
@@ -62,7 +62,7 @@ TEST(KeysOnly, BlocksAreThoseOfAShardWithValues) {
 TEST(KeysOnly, ReportsCountKeysAlone) {
   const auto backend = MakeCpuBackend(2);
   const Tensor k = Keys(kLatent);
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     ShardReport report;
     const std::string bytes = EncodeKeys(k, profile.profile, &report);
     const auto shard = Shard::Parse(bytes);

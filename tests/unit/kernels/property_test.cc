@@ -122,7 +122,7 @@ double MostRelativeError(const ProfileInfo& profile) {
 
 TEST(Property, NoBlockLosesMoreThanTheBoundOfItsProfile) {
   const auto backend = MakeCpuBackend(2);
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     double worst = 0;
     for (uint32_t seed = 0; seed < kSeeds; ++seed) {
       const Pair pair = MakePair(seed);
@@ -140,7 +140,7 @@ TEST(Property, NoBlockLosesMoreThanTheBoundOfItsProfile) {
 // distortion, times what rows of a few large channels cost it.
 TEST(Property, HostileBlocksLoseLittleMoreThanNoise) {
   const auto backend = MakeCpuBackend(2);
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     const double most = profile.family == Family::kRaw   ? 0
                         : profile.family == Family::kFp8 ? 0.0011
                                                          : 1.8 * DistortionOf(profile.code);
@@ -164,7 +164,7 @@ TEST(Property, HostileBlocksLoseLittleMoreThanNoise) {
 
 TEST(Property, AReportSaysWhatADecoderMeasures) {
   const auto backend = MakeCpuBackend(2);
-  for (const ProfileInfo& profile : AllProfiles()) {
+  for (const ProfileInfo& profile : testing::PlainProfiles()) {
     for (uint32_t seed = 0; seed < kSeeds; ++seed) {
       const Pair pair = MakePair(seed);
       ShardReport report;
@@ -196,7 +196,7 @@ TEST(Property, APowerOfTwoMovesTheExponentAlone) {
     HostileMaker maker(static_cast<uint32_t>(kind) + 100);
     const TensorShape shape{130, 1, 96};
     const Tensor k = maker.Make(shape, kind);
-    for (const ProfileInfo& profile : AllProfiles()) {
+    for (const ProfileInfo& profile : testing::PlainProfiles()) {
       const std::string plain = Encode(*backend, {k, k}, Coded(profile.profile));
       const auto decoded = DecodeAll(*backend, plain);
       const auto shard = *Shard::Parse(plain);
@@ -248,7 +248,7 @@ TEST(Property, BlocksMoveWithTheirHeads) {
       }
     }
     const uint32_t per_head = (shape.tokens + kBlockTokens - 1) / kBlockTokens;
-    for (const ProfileInfo& profile : AllProfiles()) {
+    for (const ProfileInfo& profile : testing::PlainProfiles()) {
       const auto before = Records(Encode(*backend, pair, OptionsOf(profile.profile)));
       const auto after = Records(Encode(*backend, moved, OptionsOf(profile.profile)));
       for (uint32_t i = 0; i < after.size(); ++i) {
@@ -268,7 +268,7 @@ TEST(Property, KeysAndValuesAreCodedAlikeButInKvs) {
   const auto backend = MakeCpuBackend(2);
   for (uint32_t seed = 0; seed < kSeeds / 2; ++seed) {
     const Pair pair = MakePair(seed);
-    for (const ProfileInfo& profile : AllProfiles()) {
+    for (const ProfileInfo& profile : testing::PlainProfiles()) {
       if (profile.family == Family::kKvs) {
         continue;
       }
@@ -299,7 +299,7 @@ TEST(Property, ABlockKnowsNothingOfItsPlaceAndNeighbours) {
     };
     const Pair second{behind(alone.k), behind(alone.v)};
     const uint32_t blocks = (shape.tokens + kBlockTokens - 1) / kBlockTokens;
-    for (const ProfileInfo& profile : AllProfiles()) {
+    for (const ProfileInfo& profile : testing::PlainProfiles()) {
       EncodeOptions options = Coded(profile.profile);
       const auto expected = Records(Encode(*backend, alone, options));
       options.first_token = 12345;
@@ -317,7 +317,7 @@ TEST(Property, AnyNumberOfThreadsGivesTheSameShard) {
   const auto many = MakeCpuBackend(5);
   for (uint32_t seed = 0; seed < kSeeds; ++seed) {
     const Pair pair = MakePair(seed);
-    for (const ProfileInfo& profile : AllProfiles()) {
+    for (const ProfileInfo& profile : testing::PlainProfiles()) {
       EncodeOptions options = OptionsOf(profile.profile);
       options.max_relative_error = seed % 3 == 0 ? 0.03 : 0;
       ASSERT_EQ(Encode(*one, pair, options), Encode(*many, pair, options))
@@ -331,7 +331,7 @@ TEST(Property, NoBlockIsAboveTheCallersBound) {
   const auto backend = MakeCpuBackend(2);
   for (uint32_t seed = 0; seed < kSeeds; ++seed) {
     const Pair pair = MakePair(seed);
-    for (const ProfileInfo& profile : AllProfiles()) {
+    for (const ProfileInfo& profile : testing::PlainProfiles()) {
       for (const double bound : {0.1, 0.003}) {
         EncodeOptions options = OptionsOf(profile.profile);
         options.max_relative_error = bound;
@@ -357,7 +357,7 @@ TEST(Property, Bf16ExtremesStayFinite) {
     const Tensor tensor = maker.Make(shape);
     const std::vector<std::byte> bytes = testing::Bf16Bytes(tensor);
     const ConstTensor source{bytes.data(), DType::kBf16, shape, LayoutThd(shape)};
-    for (const ProfileInfo& profile : AllProfiles()) {
+    for (const ProfileInfo& profile : testing::PlainProfiles()) {
       const auto encoded = EncodeShard(*backend, source, source, OptionsOf(profile.profile));
       ASSERT_TRUE(encoded.ok()) << encoded.status();
       for (const DType dtype : {DType::kFp32, DType::kFp16, DType::kBf16, DType::kFp8E4m3}) {

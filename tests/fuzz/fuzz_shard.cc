@@ -38,6 +38,10 @@ void DecodeAndAttend(const Backend& backend, const Shard& shard) {
   const DecodeForm form = shard.preview() ? DecodeForm::kLowRank : DecodeForm::kFull;
   const absl::Status status =
       DecodeShard(backend, shard, form, k_out, keys_only ? std::nullopt : std::optional(v_out));
+  if (shard.header().extensions.basis.has_value()) {  // there is none to give
+    Require(status.code() == absl::StatusCode::kFailedPrecondition);
+    return;
+  }
   Require(status.ok() || status.code() == absl::StatusCode::kDataLoss);
   if (!status.ok() || shard.preview()) {
     return;

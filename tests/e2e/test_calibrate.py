@@ -75,7 +75,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     whole = run_json("calibrate", *traces, "--out", tmp_path / "whole.kvb")
     assert whole["resumed_traces"] == 0
     out, partial = tmp_path / "out.kvb", tmp_path / "out.kvb.partial"
-    command = [BIN / "kvshrink", "calibrate", *traces, "--out", out]
+    command = [str(part) for part in (BIN / "kvshrink", "calibrate", *traces, "--out", out)]
     with subprocess.Popen(command) as process:
         until(partial.exists, 60, "the sums of the first trace")
         process.kill()

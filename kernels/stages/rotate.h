@@ -13,18 +13,18 @@ namespace kvshrink::stages {
 
 enum RotationSeed : uint32_t { kRowSeed = 1, kChannelSeed = 3, kTokenSeed = 5 };
 
-KVS_FN uint64_t Mix(uint64_t z) {
+KVS_FN constexpr uint64_t Mix(uint64_t z) {
   z += 0x9E3779B97F4A7C15ULL;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
   return z ^ (z >> 31);
 }
 
-KVS_FN bool SignIsNegative(uint32_t seed, uint32_t index) {
+KVS_FN constexpr bool SignIsNegative(uint32_t seed, uint32_t index) {
   return (Mix((uint64_t{seed} << 32) + index) >> 63) != 0;
 }
 
-KVS_FN uint32_t LargestPowerOfTwo(uint32_t length) {
+KVS_FN constexpr uint32_t LargestPowerOfTwo(uint32_t length) {
   uint32_t power = 1;
   while (power * 2 <= length) {
     power *= 2;

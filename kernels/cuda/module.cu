@@ -1,7 +1,7 @@
 // The module's entry point.
 #include <cuda_runtime.h>
 
-#include "kvshrink/cuda_api.h"
+#include "common/launch.h"
 
 namespace kvshrink::cuda {
 namespace {
@@ -18,7 +18,18 @@ int DeviceCount(int* count) {
   return result;
 }
 
-constexpr CudaApi kApi = {kAbiVersion, ResultText, DeviceCount};
+constexpr CudaApi kApi = {
+    .abi = kAbiVersion,
+    .result_text = ResultText,
+    .device_count = DeviceCount,
+    .view_bytes = ApiViewBytes,
+    .parse = ApiParse,
+    .decode = ApiDecode,
+    .attend_workspace_bytes = ApiAttendWorkspaceBytes,
+    .attend = ApiAttend,
+    .scores = ApiScores,
+    .top_k = ApiTopK,
+};
 
 }  // namespace
 }  // namespace kvshrink::cuda

@@ -230,6 +230,58 @@ json Decode(const cuda::CudaApi& api, const Timer& timer, const Backend& backend
   return result;
 }
 
+// One layer's step: `sequences` of `tokens` each, their chunks dealt from one batch.
+json Attend(const cuda::CudaApi& api, const Timer& timer, const Batch& batch, uint32_t sequences,
+            uint32_t tokens) {
+  const uint32_t chunks = tokens / kChunkTokens;
+  std::vector<uint32_t> table(size_t{sequences} * chunks);
+  for (uint32_t i = 0; i < table.size(); ++i) {
+    table[i] = i % batch.shape().shards;
+  }
+  const DeviceMemory device_table = ToDevice(table);
+  const DeviceMemory counts = ToDevice(std::vector<uint32_t>(sequences, chunks));
+  const testing::Tensor q = testing::Gaussian({sequences, kQHeads, kDim}, 5);
+  const DeviceMemory device_q = ToDevice(q.values);
+  const DeviceMemory output(q.values.size() * sizeof(float));
+  const DeviceMemory lse(size_t{sequences} * kQHeads * sizeof(float));
+  cuda::AttendParams params;
+  params.batch = batch.shape();
+  params.view = batch.view();
+  params.sequences = sequences;
+  params.max_chunks = chunks;
+  params.chunks = device_table.as<uint32_t>();
+  params.chunk_counts = counts.as<uint32_t>();
+  params.q_heads = kQHeads;
+  params.q = device_q.as<void>();
+  params.output = output.as<float>();
+  params.lse = lse.as<float>();
+  params.status = batch.status();
+  params.workspace_bytes = api.attend_workspace_bytes(params);
+  const DeviceMemory workspace(params.workspace_bytes);
+  params.workspace = workspace.as<void>();
+  const double ms = timer.Median(50, [&](cudaStream_t s) { return api.attend(params, s); });
+  const double raw = 2.0 * sequences * tokens * kHeads * kDim * 2;
+  return {
+      {"sequences", sequences}, {"tokens", tokens}, {"ms", ms}, {"raw_gb_per_s", raw / ms * 1e-6}};
+}
+
+// As many chunks as the largest case reads, each in its own memory.
+json AttendAll(const cuda::CudaApi& api, const Timer& timer, const Backend& backend,
+               Profile profile) {
+  const Batch batch(api, EncodeChunks(backend, profile, 8), 1024);
+  if (batch.Parse(api, nullptr) != 0) {
+    throw std::runtime_error("parse");
+  }
+  json result = {{"profile", GetProfileInfo(profile).name},
+                 {"q_heads", kQHeads},
+                 {"stored_bytes", batch.bytes()}};
+  for (const auto& [sequences, tokens] :
+       {std::pair{1U, 32768U}, std::pair{32U, 4096U}, std::pair{32U, 32768U}}) {
+    result["cases"].push_back(Attend(api, timer, batch, sequences, tokens));
+  }
+  return result;
+}
+
 json Card() {
   cudaDeviceProp properties{};
   Check(cudaGetDeviceProperties(&properties, 0));
@@ -273,6 +325,9 @@ int Main(int argc, char** argv) {
   for (const Profile profile :
        {Profile::kKvs2, Profile::kKvs3, Profile::kKvs4, Profile::kTq2, Profile::kTq4}) {
     report["decode"].push_back(Decode(**api, timer, *backend, profile, tokens));
+  }
+  for (const Profile profile : {Profile::kKvs2, Profile::kTq2, Profile::kKvs4}) {
+    report["attend"].push_back(AttendAll(**api, timer, *backend, profile));
   }
   const std::string text = report.dump(1);
   std::printf("%s\n", text.c_str());

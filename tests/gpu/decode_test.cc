@@ -52,7 +52,7 @@ std::vector<Case> Cases() {
     seed += 2;
   }
   cases.push_back({"smollm2", testing::SmolLayer("k", 12), testing::SmolLayer("v", 12)});
-  cases.push_back({"qwen", testing::QwenLayer("k", 3), testing::QwenLayer("v", 3)});
+  cases.push_back({"qwen", testing::QwenLayer("k", 4), testing::QwenLayer("v", 4)});
   cases.push_back({"huge", testing::Gaussian({130, 1, 64}, 77, 1e37F),
                    testing::Gaussian({130, 1, 64}, 78, 1e-36F)});
   Case odd{"zeros and what isn't finite", testing::Gaussian({260, 1, 128}, 79),
@@ -108,7 +108,7 @@ TEST_F(GpuDecode, AgreesWithTheCpu) {
   }
 }
 
-TEST_F(GpuDecode, EveryAlphabet) {
+TEST_F(GpuDecode, SmallEveryAlphabet) {
   // A bound on the error makes blocks climb from alphabet to alphabet.
   const auto backend = MakeCpuBackend();
   const TensorShape shape{150, 2, 128};
@@ -121,16 +121,18 @@ TEST_F(GpuDecode, EveryAlphabet) {
     DeviceBatch batch(*api_, {bytes}, shape);
     ExpectOk(batch.Parse());
     Buffer<float> got(shape.entries());
-    const Buffer<CudaTarget> targets({CudaTarget{got.get(), got.get(), nullptr, 0, 0}});
+    Buffer<float> values(shape.entries());
+    const Buffer<CudaTarget> targets({CudaTarget{got.get(), values.get(), nullptr, 0, 0}});
     ExpectOk(api_->decode(DecodeAllParams(batch, DType::kFp32, LayoutThd(shape), targets.get()),
                           nullptr));
     ExpectNear(got.Get(), want.k.values, ToleranceOf(k), "bound " + std::to_string(bound));
+    ExpectNear(values.Get(), want.v.values, ToleranceOf(k), "bound " + std::to_string(bound));
     EXPECT_EQ(batch.Status()[0], 0U);
   }
 }
 
 // A batch of three shards into one paged cache, bf16 and fp16: what is asked for, and nothing else.
-TEST_F(GpuDecode, PagedRangesLeaveTheRestAlone) {
+TEST_F(GpuDecode, SmallPagedRangesLeaveTheRestAlone) {
   const auto backend = MakeCpuBackend();
   const TensorShape shape{192, 4, 128};
   std::vector<std::string> shards;
@@ -195,7 +197,7 @@ TEST_F(GpuDecode, PagedRangesLeaveTheRestAlone) {
   }
 }
 
-TEST_F(GpuDecode, OddStridesAndBitExactRawRows) {
+TEST_F(GpuDecode, SmallOddStridesAndBitExactRawRows) {
   const auto backend = MakeCpuBackend();
   const TensorShape shape{70, 2, 64};
   const Tensor source = testing::Gaussian(shape, 3);
@@ -244,11 +246,13 @@ TEST_F(GpuDecode, PreviewAndHostileBytes) {
   DeviceBatch batch(*api_, {preview}, shape);
   ExpectOk(batch.Parse());
   Buffer<float> got(shape.entries());
-  const Buffer<CudaTarget> targets({CudaTarget{got.get(), got.get(), nullptr, 0, 0}});
+  Buffer<float> values(shape.entries());
+  const Buffer<CudaTarget> targets({CudaTarget{got.get(), values.get(), nullptr, 0, 0}});
   const auto layout = LayoutThd(shape);
   ExpectOk(api_->decode(
       DecodeAllParams(batch, DType::kFp32, layout, targets.get(), DecodeForm::kLowRank), nullptr));
-  ExpectNear(got.Get(), want.v.values, ToleranceOf(k), "preview");
+  ExpectNear(got.Get(), want.k.values, ToleranceOf(k), "preview, K");
+  ExpectNear(values.Get(), want.v.values, ToleranceOf(k), "preview, V");
   EXPECT_EQ(batch.Status()[0], 0U);
   ExpectOk(api_->decode(DecodeAllParams(batch, DType::kFp32, layout, targets.get()), nullptr));
   EXPECT_EQ(batch.Status()[0] >> 32, static_cast<uint64_t>(cuda::ShardField::kSize));
@@ -284,13 +288,14 @@ TEST_F(GpuDecode, PreviewAndHostileBytes) {
   for (size_t i = 0; i < good.size(); ++i) {
     EXPECT_EQ(status[i] == 0, good[i]) << i << ": field " << (status[i] >> 32);
   }
-  std::vector<CudaTarget> same(damaged.size(), CudaTarget{got.get(), got.get(), nullptr, 0, 0});
+  const std::vector<CudaTarget> same(damaged.size(),
+                                     CudaTarget{got.get(), values.get(), nullptr, 0, 0});
   const Buffer<CudaTarget> many_targets(same);
   ExpectOk(api_->decode(DecodeAllParams(many, DType::kFp32, layout, many_targets.get()), nullptr));
   testing::Check(cudaDeviceSynchronize());
 }
 
-TEST_F(GpuDecode, GroupsOutOfRangeAreTold) {
+TEST_F(GpuDecode, SmallGroupsOutOfRangeAreTold) {
   const auto backend = MakeCpuBackend();
   const TensorShape shape{128, 1, 128};
   const Tensor k = testing::Gaussian(shape, 1);
@@ -303,7 +308,8 @@ TEST_F(GpuDecode, GroupsOutOfRangeAreTold) {
     ExpectOk(batch.Parse());
     EXPECT_EQ(batch.Status()[0], 0U);
     Buffer<float> got(shape.entries());
-    const Buffer<CudaTarget> targets({CudaTarget{got.get(), got.get(), nullptr, 0, 0}});
+    Buffer<float> values(shape.entries());
+    const Buffer<CudaTarget> targets({CudaTarget{got.get(), values.get(), nullptr, 0, 0}});
     ExpectOk(api_->decode(DecodeAllParams(batch, DType::kFp32, LayoutThd(shape), targets.get()),
                           nullptr));
     EXPECT_EQ(batch.Status()[0] >> 32, static_cast<uint64_t>(cuda::ShardField::kCodes));

@@ -54,8 +54,8 @@ HostTensor MakeTensor(TensorShape shape, TensorLayout layout, DType dtype, uint3
         value = 0.5F * normal(random);
       }
       for (int i = 0; i < kRank; ++i) {
-        const float weight =
-            std::pow(0.6F, static_cast<float>(i)) * (i == 0 ? 4 + normal(random) : 2 * normal(random));
+        const float weight = std::pow(0.6F, static_cast<float>(i)) *
+                             (i == 0 ? 4 + normal(random) : 2 * normal(random));
         for (uint32_t c = 0; c < shape.head_dim; ++c) {
           row[c] += weight * basis[static_cast<size_t>(i) * shape.head_dim + c];
         }
@@ -75,8 +75,8 @@ std::vector<double> RowsOf(const ConstTensor& tensor, const BlockView& block) {
   std::vector<double> rows;
   std::vector<float> row(d);
   for (uint32_t t = block.raw_rows; t < block.rows; ++t) {
-    ToFloats(tensor.data + tensor.layout.Offset(block.first_row + t, block.head) *
-                               DTypeBytes(tensor.dtype),
+    ToFloats(tensor.data +
+                 tensor.layout.Offset(block.first_row + t, block.head) * DTypeBytes(tensor.dtype),
              tensor.dtype, d, row.data());
     rows.insert(rows.end(), row.begin(), row.end());
   }
@@ -100,9 +100,8 @@ double BlockError(const Backend& backend, const Shard& shard, const BlockView& b
     return 0;
   }
   std::vector<float> decoded(rows.size());
-  const absl::Status status =
-      backend.DecodeBlock(GetProfileInfo(shard.header().profile).family, block, d, DecodeForm::kFull,
-                          decoded.data());
+  const absl::Status status = backend.DecodeBlock(GetProfileInfo(shard.header().profile).family,
+                                                  block, d, DecodeForm::kFull, decoded.data());
   EXPECT_TRUE(status.ok()) << status;
   for (size_t i = 0; i < rows.size(); ++i) {
     rows[i] -= static_cast<double>(decoded[i]);
@@ -119,8 +118,7 @@ void CheckDigits(const Backend& backend, Family family, const BlockView& block,
     return;
   }
   Backend::UnpackedBlock unpacked;
-  ASSERT_TRUE(
-      backend.UnpackBlock(family, block, d, DecodeForm::kFull, &unpacked).ok());
+  ASSERT_TRUE(backend.UnpackBlock(family, block, d, DecodeForm::kFull, &unpacked).ok());
   std::vector<double> rows = RowsOf(tensor, block);
   std::vector<double> scales(block.coded_rows());
   ASSERT_TRUE(stages::ReadRowScales<double>(family, d, block.scales, scales));
@@ -142,7 +140,8 @@ void CheckDigits(const Backend& backend, Family family, const BlockView& block,
       const double y = scales[t] > 0 ? std::ldexp(row[c], -block.exponent) / scales[t] : 0;
       const int digit = digits[size_t{t} * d + c];
       const bool low = digit == 0 || y > static_cast<double>(book.threshold[digit - 1]) - 1e-4;
-      const bool high = digit == book.levels - 1 || y < static_cast<double>(book.threshold[digit]) + 1e-4;
+      const bool high =
+          digit == book.levels - 1 || y < static_cast<double>(book.threshold[digit]) + 1e-4;
       wrong += low && high ? 0 : 1;
     }
   }
@@ -209,7 +208,8 @@ TEST_P(TraceTest, AgreesWithTheExactSolver) {
   for (int kind = 0; kind < 2; ++kind) {
     EXPECT_NEAR(totals.error[kind] / totals.other[kind], 1, 0.005) << (kind == 0 ? "K" : "V");
   }
-  EXPECT_NEAR(static_cast<double>(totals.bytes) / static_cast<double>(totals.other_bytes), 1, 0.005);
+  EXPECT_NEAR(static_cast<double>(totals.bytes) / static_cast<double>(totals.other_bytes), 1,
+              0.005);
   std::printf("%s %s: error K %.5f V %.5f of the exact solver's, bytes %.5f, worst block %.4f\n",
               file, std::string(GetProfileInfo(profile).name).c_str(),
               totals.error[0] / totals.other[0], totals.error[1] / totals.other[1],
@@ -251,14 +251,18 @@ TEST_P(ShapeTest, SoundInAllProfiles) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    All, ShapeTest,
-    testing::Values(ShapeCase{256, 2, 128, 1, 0, DType::kBf16}, ShapeCase{256, 2, 64, 1, 0, DType::kBf16},
-                    ShapeCase{256, 2, 256, 1, 0, DType::kBf16}, ShapeCase{200, 3, 128, 4, 0, DType::kFp16},
-                    ShapeCase{129, 1, 128, 0, 0, DType::kBf16}, ShapeCase{1, 1, 128, 1, 5, DType::kBf16},
-                    ShapeCase{3, 2, 64, 2, 1, DType::kFp16}, ShapeCase{77, 2, 256, 3, 0, DType::kFp16},
-                    ShapeCase{256, 2, 128, 1, 0, DType::kFp32}, ShapeCase{127, 2, 64, 0, 0, DType::kFp32},
-                    ShapeCase{140, 1, 256, 130, 0, DType::kFp32}));
+INSTANTIATE_TEST_SUITE_P(All, ShapeTest,
+                         testing::Values(ShapeCase{256, 2, 128, 1, 0, DType::kBf16},
+                                         ShapeCase{256, 2, 64, 1, 0, DType::kBf16},
+                                         ShapeCase{256, 2, 256, 1, 0, DType::kBf16},
+                                         ShapeCase{200, 3, 128, 4, 0, DType::kFp16},
+                                         ShapeCase{129, 1, 128, 0, 0, DType::kBf16},
+                                         ShapeCase{1, 1, 128, 1, 5, DType::kBf16},
+                                         ShapeCase{3, 2, 64, 2, 1, DType::kFp16},
+                                         ShapeCase{77, 2, 256, 3, 0, DType::kFp16},
+                                         ShapeCase{256, 2, 128, 1, 0, DType::kFp32},
+                                         ShapeCase{127, 2, 64, 0, 0, DType::kFp32},
+                                         ShapeCase{140, 1, 256, 130, 0, DType::kFp32}));
 
 TEST(EncodeTest, OddBlocks) {
   const TensorShape shape = {512, 1, 128};
@@ -266,10 +270,10 @@ TEST(EncodeTest, OddBlocks) {
   HostTensor k = MakeTensor(shape, LayoutThd(shape), DType::kFp32, 3);
   const HostTensor v = MakeTensor(shape, LayoutThd(shape), DType::kFp32, 4, 1e-37F);
   auto* values = reinterpret_cast<float*>(k.bytes.data());
-  values[5000] = NAN;                                                  // block 0
-  std::fill(values + 128 * 128, values + 256 * 128, 0.0F);             // block 1
-  std::fill(values + 256 * 128, values + 384 * 128, 1e-42F);           // block 2: below the exponents
-  values[400 * 128] = 3e38F;                                           // block 3
+  values[5000] = NAN;                                         // block 0
+  std::fill(values + 128 * 128, values + 256 * 128, 0.0F);    // block 1
+  std::fill(values + 256 * 128, values + 384 * 128, 1e-42F);  // block 2: below the exponents
+  values[400 * 128] = 3e38F;                                  // block 3
   EncodeOptions options;
   options.raw_tokens = 0;
   Totals totals;
@@ -304,10 +308,10 @@ TEST(EncodeTest, LayoutsGiveTheSameBytes) {
     }
     host->tensor.data = host->bytes.data();
   }
-  EXPECT_EQ(EncodeOnGpu(shuffled_k.tensor, shuffled_v.tensor, options, &table,
-                        shuffled_k.bytes.size())
-                .bytes,
-            expected.bytes);
+  EXPECT_EQ(
+      EncodeOnGpu(shuffled_k.tensor, shuffled_v.tensor, options, &table, shuffled_k.bytes.size())
+          .bytes,
+      expected.bytes);
 }
 
 }  // namespace

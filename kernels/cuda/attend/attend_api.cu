@@ -59,8 +59,8 @@ uint32_t Splits(const AttendParams& params) {
   const uint32_t heads = params.batch.kv_heads * ((group + 7) / 8);
   const uint64_t blocks = uint64_t{params.max_chunks} * MaxBlocks(params.batch);
   const uint64_t warps = Tuned(params.batch.head_dim) ? 8 : 1;
-  const uint64_t wanted = (kCtas + uint64_t{heads} * params.sequences - 1) /
-                          (uint64_t{heads} * params.sequences);
+  const uint64_t wanted =
+      (kCtas + uint64_t{heads} * params.sequences - 1) / (uint64_t{heads} * params.sequences);
   const uint64_t most = (blocks + warps - 1) / warps;
   return static_cast<uint32_t>(wanted < most ? wanted : most);
 }
@@ -86,16 +86,24 @@ AttendArgs ArgsOf(const AttendParams& params) {
   args.group = params.q_heads / params.batch.kv_heads;
   args.splits = Splits(params);
   args.window = params.window;
-  args.scale = params.scale != 0 ? params.scale
-                                 : 1 / std::sqrt(static_cast<float>(params.batch.head_dim));
+  args.scale =
+      params.scale != 0 ? params.scale : 1 / std::sqrt(static_cast<float>(params.batch.head_dim));
   args.softcap = params.softcap;
   args.q_dtype = params.q_dtype;
   return args;
 }
 
 int Run(const AttendArgs& args, const AttendParams& params, bool scores, cudaStream_t stream) {
-  return Tuned(args.head_dim) ? LaunchTuned(args, params.sequences, scores, stream)
-                              : LaunchPlain(args, params.sequences, scores, stream);
+  switch (args.head_dim) {
+    case 64:
+      return Launch64(args, params.sequences, scores, stream);
+    case 128:
+      return Launch128(args, params.sequences, scores, stream);
+    case 256:
+      return Launch256(args, params.sequences, scores, stream);
+    default:
+      return LaunchPlain(args, params.sequences, scores, stream);
+  }
 }
 
 bool HasPointers(const AttendParams& params) {
@@ -117,8 +125,8 @@ int ApiAttend(const AttendParams& params, void* stream) {
   }
   AttendArgs args = ArgsOf(params);
   args.partials = static_cast<float*>(params.workspace);
-  args.states = reinterpret_cast<float2*>(args.partials +
-                                          Rows(params) * args.splits * args.head_dim);
+  args.states =
+      reinterpret_cast<float2*>(args.partials + Rows(params) * args.splits * args.head_dim);
   const auto queue = static_cast<cudaStream_t>(stream);
   const int result = Run(args, params, false, queue);
   if (result != kOk) {

@@ -11,7 +11,9 @@ namespace kvshrink::cuda {
 // Rows of queries that a CTA of the plain kernel works at most.
 inline constexpr uint32_t kPlainQueryRows = 8;
 
-int LaunchTuned(const AttendArgs& args, uint32_t sequences, bool scores, cudaStream_t stream);
+int Launch64(const AttendArgs& args, uint32_t sequences, bool scores, cudaStream_t stream);
+int Launch128(const AttendArgs& args, uint32_t sequences, bool scores, cudaStream_t stream);
+int Launch256(const AttendArgs& args, uint32_t sequences, bool scores, cudaStream_t stream);
 int LaunchPlain(const AttendArgs& args, uint32_t sequences, bool scores, cudaStream_t stream);
 
 // A row's sums over one split, by one warp: the two parts are added.
@@ -37,8 +39,7 @@ __device__ inline float* LogitRow(const AttendArgs& args, uint32_t sequence, uin
 // Four products of a row of queries, of the tokens first .. first + 3 of a shard.
 __device__ inline void PutLogits(const AttendArgs& args, uint32_t sequence, uint32_t head,
                                  uint32_t row, uint32_t block_rows, uint32_t first_token,
-                                 uint32_t base, uint32_t first, float scale,
-                                 const float (&x)[4]) {
+                                 uint32_t base, uint32_t first, float scale, const float (&x)[4]) {
   if (row >= args.rows()) {
     return;
   }
@@ -48,8 +49,7 @@ __device__ inline void PutLogits(const AttendArgs& args, uint32_t sequence, uint
   for (uint32_t j = 0; j < 4; ++j) {
     const uint32_t token = first + j;
     if (token % kBlockTokens < block_rows && base + token < args.stride) {
-      to[base + token] =
-          ToLogit(args, x[j] * scale, int64_t{first_token} + token, own);
+      to[base + token] = ToLogit(args, x[j] * scale, int64_t{first_token} + token, own);
     }
   }
 }

@@ -8,8 +8,8 @@ namespace {
 
 constexpr uint32_t kThreads = 128;
 
-// Shared memory: the rows being decoded, then queries and sums [rows][d], logits [rows][16], and per
-// row the running maximum, sum and rescaling.
+// Shared memory: the rows being decoded, then queries and sums [rows][d], logits [rows][16], and
+// per row the running maximum, sum and rescaling.
 struct PlainShared {
   float* decoded;
   float* queries;
@@ -76,8 +76,8 @@ __device__ void Logits(const AttendArgs& args, const Job& job, uint32_t first, u
     if (lane == 0) {
       const uint32_t token = job.block * kBlockTokens + first + t;
       const int64_t position = int64_t{args.view.shards[job.shard].first_token} + token;
-      const float logit = ToLogit(args, product, position,
-                                  OwnPosition(args, job.sequence, job.first_row + r));
+      const float logit =
+          ToLogit(args, product, position, OwnPosition(args, job.sequence, job.first_row + r));
       shared.logits[r * kGenericRows + t] = logit;
       if (args.logits != nullptr && job.base + token < args.stride) {
         LogitRow(args, job.sequence, job.head, job.first_row + r)[job.base + token] = logit;
@@ -151,9 +151,9 @@ __global__ void __launch_bounds__(kThreads) PlainKernel(AttendArgs args) {
   for (uint32_t i = threadIdx.x; i < kPlainQueryRows * d; i += kThreads) {
     const bool there = i / d < job.rows;
     shared.queries[i] =
-        there ? QueryValue(args,
-                           args.Row(job.sequence, job.head, job.first_row + i / d) * d + i % d)
-              : 0;
+        there
+            ? QueryValue(args, args.Row(job.sequence, job.head, job.first_row + i / d) * d + i % d)
+            : 0;
     shared.sums[i] = 0;
   }
   if (threadIdx.x < kPlainQueryRows) {
@@ -161,23 +161,18 @@ __global__ void __launch_bounds__(kThreads) PlainKernel(AttendArgs args) {
     shared.sum(threadIdx.x) = 0;
   }
   __syncthreads();
-  const BlockWalk walk(args, job.sequence);
-  uint32_t next = blockIdx.x;
-  job.base = 0;
-  for (uint32_t chunk = 0; chunk < walk.chunks(); ++chunk) {
-    const uint32_t blocks = walk.BlocksOf(args, chunk);
-    job.shard = walk.Shard(chunk);
-    for (; next < blocks; next += args.splits) {
-      job.block = next;
-      if (WorkBlock(args, job, shared) != 0) {
-        ReportBlock(args, job.shard, ShardField::kCodes, next);
-      }
+  // Every warp walks; they agree.
+  BlockWalk walk(args, job.sequence, blockIdx.x, args.splits);
+  for (BlockPlace place; walk.Next(args, &place);) {
+    job.shard = place.shard;
+    job.block = place.block;
+    job.base = place.base;
+    if (WorkBlock(args, job, shared) != 0) {
+      ReportBlock(args, job.shard, ShardField::kCodes, job.block);
     }
-    next -= blocks;
-    job.base += blocks == 0 ? 0 : args.view.shards[job.shard].tokens;
   }
   if (args.logits != nullptr) {
-    ClearTail(args, job.sequence, job.head, job.first_row, job.rows, job.base);
+    ClearTail(args, job.sequence, job.head, job.first_row, job.rows, walk.tokens());
     return;
   }
   for (uint32_t i = threadIdx.x; i < job.rows * d; i += kThreads) {
@@ -200,8 +195,7 @@ int LaunchPlain(const AttendArgs& args, uint32_t sequences, bool scores, cudaStr
   if (result != cudaSuccess) {
     return result;
   }
-  const uint32_t row_groups =
-      (args.queries * args.group + kPlainQueryRows - 1) / kPlainQueryRows;
+  const uint32_t row_groups = (args.queries * args.group + kPlainQueryRows - 1) / kPlainQueryRows;
   const dim3 grid(args.splits, args.view.kv_heads * row_groups, sequences);
   PlainKernel<<<grid, kThreads, bytes, stream>>>(args);
   return cudaGetLastError();

@@ -60,8 +60,7 @@ struct KeyProducts {
 
 // Adds the low-rank part's products to x (rotated over tokens until the last step).
 template <int kDim, int kRows>
-__device__ inline void AddKeyFactors(const BlockDesc& block,
-                                     const QueryTiles<kDim, kRows>& queries,
+__device__ inline void AddKeyFactors(const BlockDesc& block, const QueryTiles<kDim, kRows>& queries,
                                      WarpShared<kDim, kRows>* shared, uint32_t lane,
                                      float (&x)[kRows][4]) {
   constexpr int kPerLane = kDim / 32;
@@ -130,9 +129,8 @@ __device__ inline void AddKeyShrinkFactors(const BlockDesc& block,
 
 // Products of plain rows, in place of what x holds there.
 template <int kDim, int kRows>
-__device__ inline void PlainProducts(const BlockDesc& block,
-                                     const QueryTiles<kDim, kRows>& queries, uint32_t lane,
-                                     float (&x)[kRows][4]) {
+__device__ inline void PlainProducts(const BlockDesc& block, const QueryTiles<kDim, kRows>& queries,
+                                     uint32_t lane, float (&x)[kRows][4]) {
   const uint32_t plain = PlainRows(block);
   for (uint32_t row = 0; row < plain; ++row) {
     float product[kRows] = {};
@@ -154,7 +152,8 @@ __device__ inline void PlainProducts(const BlockDesc& block,
   }
 }
 
-// q k of the lane's four tokens for every row of queries (divided by the row's scale). The result is the errors found.
+// q k of the lane's four tokens for every row of queries (divided by the row's scale). The result
+// is the errors found.
 template <int kDim, int kRows>
 __device__ inline ShardField KeyBlock(const BlockDesc& block,
                                       const QueryTiles<kDim, kRows>& queries,
@@ -175,10 +174,13 @@ __device__ inline ShardField KeyBlock(const BlockDesc& block,
     } else if (block.rank > 0) {
       AddKeyFactors(block, queries, shared, lane, x);
     }
-    const KeyProducts<kDim, kRows> products{
-        queries,     shared, block.raw_rows, block.rows,
-        block.code == static_cast<uint8_t>(BlockCode::kLevels3), lane};
-    const bool bad_codes = ForEachChunk<kDim>(block, shared->tile, lane, products);
+    const KeyProducts<kDim, kRows> products{queries,
+                                            shared,
+                                            block.raw_rows,
+                                            block.rows,
+                                            block.code == static_cast<uint8_t>(BlockCode::kLevels3),
+                                            lane};
+    const bool bad_codes = ForEachChunk<kDim>(block, shared->tile(), lane, products);
     __syncwarp();
     bool bad_scale = false;
     float scale[4];
@@ -197,8 +199,10 @@ __device__ inline ShardField KeyBlock(const BlockDesc& block,
       }
     }
     __syncwarp();
-    error = bad_scale ? ShardField::kScale : bad_factor ? ShardField::kFactor
-            : bad_codes ? ShardField::kCodes : ShardField::kNone;
+    error = bad_scale    ? ShardField::kScale
+            : bad_factor ? ShardField::kFactor
+            : bad_codes  ? ShardField::kCodes
+                         : ShardField::kNone;
   }
   if (PlainRows(block) > 0) {
     PlainProducts(block, queries, lane, x);

@@ -1,6 +1,6 @@
-// The queries of one kv head, as the attend kernels read them: plain, in the bases of the row and of
-// the channel-factor rotation, each divided by its row's largest rotated magnitude; and the first of
-// those rotations as the right-hand tiles of matrix instructions (high and low halves).
+// The queries of one kv head, as the attend kernels read them: plain, in the bases of the row and
+// of the channel-factor rotation, each divided by its row's largest rotated magnitude; and the
+// first of those rotations as the right-hand tiles of matrix instructions (high and low halves).
 #pragma once
 
 #include "attend/attend_args.cuh"

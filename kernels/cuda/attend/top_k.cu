@@ -22,7 +22,8 @@ struct Shared {
   uint64_t chosen[kMaxTopK];  // key above the place's complement: sorts both ways right
 };
 
-// The key that the k-th largest has; what is left of k for those equal to it goes to shared->wanted.
+// The key that the k-th largest has; what is left of k for those equal to it goes to
+// shared->wanted.
 __device__ uint32_t SelectKey(const float* row, uint32_t stride, uint32_t k, Shared* shared) {
   if (threadIdx.x == 0) {
     shared->prefix = 0;

@@ -58,9 +58,9 @@ struct ValueProducts {
 
   __device__ uint32_t Weights(uint32_t part, uint32_t token) const {
     const uint32_t row = lane / 4;
-    return row < kRows
-               ? *reinterpret_cast<const uint32_t*>(&shared->weights[part][row][token + lane % 4 * 2])
-               : 0;
+    return row < kRows ? *reinterpret_cast<const uint32_t*>(
+                             &shared->weights[part][row][token + lane % 4 * 2])
+                       : 0;
   }
 
   template <int kTiles, bool kFine>
@@ -201,8 +201,8 @@ __device__ inline void AddPlainValues(const BlockDesc& block, const float (&p)[k
       const float weight = __shfl_sync(kAllLanes, source, static_cast<int>(row / 4));
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
-        plain[j] += weight * PlainValue(block, kDim, row,
-                                        lane * kPerLane + static_cast<uint32_t>(j));
+        plain[j] +=
+            weight * PlainValue(block, kDim, row, lane * kPerLane + static_cast<uint32_t>(j));
       }
     }
     for (uint32_t i = 0; i < components; ++i) {
@@ -255,14 +255,16 @@ __device__ inline ShardField ValueBlock(const BlockDesc& block, const float (&p)
         kAlphabetTable.of[block.code - kFirstAlphabet].unit * PowerOfTwo(block.exponent);
     const float largest = PutWeights(block, p, shared, lane, factor, sums, &bad_scale);
     const ValueProducts<kDim, kRows> products{shared, sums, largest * factor, lane};
-    bad_codes = ForEachChunk<kDim>(block, shared->tile, lane, products);
+    bad_codes = ForEachChunk<kDim>(block, shared->tile(), lane, products);
     __syncwarp();
   }
   if (PlainRows(block) > 0 || (block.rank > 0 && shrink)) {
     AddPlainValues(block, p, lane, sums, &bad_factor);
   }
-  return bad_scale ? ShardField::kScale : bad_factor ? ShardField::kFactor
-         : bad_codes ? ShardField::kCodes : ShardField::kNone;
+  return bad_scale    ? ShardField::kScale
+         : bad_factor ? ShardField::kFactor
+         : bad_codes  ? ShardField::kCodes
+                      : ShardField::kNone;
 }
 
 }  // namespace kvshrink::cuda

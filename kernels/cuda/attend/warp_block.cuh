@@ -1,5 +1,6 @@
 // What the key and the value side of one block, worked by one warp, share. Lane l holds the tokens
-// 4 l .. 4 l + 3 of the block in per-token values, and channels l D / 32 and on in per-channel ones.
+// 4 l .. 4 l + 3 of the block in per-token values, and channels l D / 32 and on in per-channel
+// ones.
 #pragma once
 
 #include "attend/query_tiles.cuh"
@@ -13,12 +14,14 @@ inline constexpr int kWeightStride = kBlockTokens + 8;
 // Shared memory of one warp.
 template <int kDim, int kRows>
 struct WarpShared {
-  alignas(16) __half tile[kChunkRows * kTileStride<kDim>];
+  alignas(16) __half room[kTernaryHalfs<kDim, kChunkRows>];
   union {
     float products[kRows][kBlockTokens];
     __half weights[2][kRows][kWeightStride];  // high, low
     float tokens[kBlockTokens];
   };
+
+  __device__ __half* tile() { return room + kRoomBefore; }
 };
 
 // The scales of a lane's four tokens; 0 for those that are no coded rows.
@@ -92,7 +95,6 @@ __device__ inline bool ForEachChunk(const BlockDesc& block, __half* tile, uint32
       const uint32_t count = min(kChunkRows, m - first);
       __syncwarp();
       bad |= UnpackTernaryRows<kDim, kChunkRows>(block, first, count, tile, lane);
-      ClearRows<kDim, kChunkRows>(count, tile, lane);
       __syncwarp();
       use.template operator()<2, false>(first, tile, tile);
     }

@@ -45,44 +45,34 @@ __device__ inline uint64_t PlaceOf(const TensorLayout& layout, const int32_t* bl
 
 __device__ inline float Clamp(float x, float largest) { return fminf(fmaxf(x, -largest), largest); }
 
-// Four values, of magnitudes that the type can hold, to consecutive places; `aligned`: the first is
-// at a multiple of four.
-__device__ inline void StoreFour(float* to, bool aligned, float a, float b, float c, float d) {
-  if (aligned) {
-    *reinterpret_cast<float4*>(to) = make_float4(a, b, c, d);
-  } else {
-    to[0] = a;
-    to[1] = b;
-    to[2] = c;
-    to[3] = d;
-  }
-}
-
-__device__ inline void StoreWords(uint16_t* to, bool aligned, uint32_t low, uint32_t high) {
-  if (aligned) {
-    *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
-  } else {
-    to[0] = static_cast<uint16_t>(low);
-    to[1] = static_cast<uint16_t>(low >> 16);
-    to[2] = static_cast<uint16_t>(high);
-    to[3] = static_cast<uint16_t>(high >> 16);
-  }
-}
-
+// Four values, of magnitudes that the type can hold, to consecutive places from a multiple of four
+// on, if `wanted`: without a branch.
 template <typename Out>
-__device__ inline void Store(typename Out::Value* to, bool aligned, const float (&x)[4]) {
+__device__ inline void StoreIf(bool wanted, typename Out::Value* to, const float (&x)[4]) {
+  const auto address = reinterpret_cast<unsigned long long>(to);
   if constexpr (Out::kDType == 0) {
-    StoreFour(to, aligned, x[0], x[1], x[2], x[3]);
-  } else if constexpr (Out::kDType == 1) {
-    const __half2 low = __floats2half2_rn(x[0], x[1]);
-    const __half2 high = __floats2half2_rn(x[2], x[3]);
-    StoreWords(to, aligned, *reinterpret_cast<const uint32_t*>(&low),
-               *reinterpret_cast<const uint32_t*>(&high));
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v4.f32 [%1], {%2,%3,%4,%5}; }" ::"r"(
+            static_cast<uint32_t>(wanted)),
+        "l"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+        : "memory");
   } else {
-    const __nv_bfloat162 low = __floats2bfloat162_rn(x[0], x[1]);
-    const __nv_bfloat162 high = __floats2bfloat162_rn(x[2], x[3]);
-    StoreWords(to, aligned, *reinterpret_cast<const uint32_t*>(&low),
-               *reinterpret_cast<const uint32_t*>(&high));
+    uint32_t words[2];
+    if constexpr (Out::kDType == 1) {
+      const __half2 low = __floats2half2_rn(x[0], x[1]);
+      const __half2 high = __floats2half2_rn(x[2], x[3]);
+      words[0] = *reinterpret_cast<const uint32_t*>(&low);
+      words[1] = *reinterpret_cast<const uint32_t*>(&high);
+    } else {
+      const __nv_bfloat162 low = __floats2bfloat162_rn(x[0], x[1]);
+      const __nv_bfloat162 high = __floats2bfloat162_rn(x[2], x[3]);
+      words[0] = *reinterpret_cast<const uint32_t*>(&low);
+      words[1] = *reinterpret_cast<const uint32_t*>(&high);
+    }
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v2.b32 [%1], {%2,%3}; }" ::"r"(
+                     static_cast<uint32_t>(wanted)),
+                 "l"(address), "r"(words[0]), "r"(words[1])
+                 : "memory");
   }
 }
 

@@ -72,29 +72,57 @@ __device__ inline bool UnpackTernary(uint32_t word, uint32_t (&out)[10]) {
 template <int kDim, int kRows>
 inline constexpr int kTernarySteps = (kRows * kDim / 20 + 2 + 31) / 32;
 
-// The lane's words of the digits of rows first .. first + count - 1 of the coded rows.
+// Digits come in whole words: a tile for them has room before its first row and after its last.
+template <int kDim, int kRows>
+inline constexpr int kRowsWithRoom = (kTernarySteps<kDim, kRows> * 640 + kDim - 1) / kDim + 1;
+inline constexpr int kRoomBefore = 64;
+template <int kDim, int kRows>
+inline constexpr size_t kTernaryHalfs =
+    kRoomBefore + size_t{kRowsWithRoom<kDim, kRows>} * kTileStride<kDim>;
+
+// The lane's words of the digits of rows first .. first + count - 1 of the coded rows; zero past
+// the last word.
 template <int kDim, int kRows>
 __device__ inline void LoadTernary(const BlockDesc& block, uint32_t first, uint32_t count,
                                    uint32_t lane, uint32_t (&buffer)[kTernarySteps<kDim, kRows>]) {
-  const auto* words = reinterpret_cast<const uint32_t*>(block.codes);
-  const uint32_t first_word = first * kDim / 20;
-  const uint32_t end = ((first + count) * kDim + 19) / 20;
+  const uint32_t first_word = first * kDim / 20 + lane;
+  const uint32_t end = count == 0 ? 0 : ((first + count) * kDim + 19) / 20;
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(block.codes) + first_word;
 #pragma unroll
   for (uint32_t step = 0; step < kTernarySteps<kDim, kRows>; ++step) {
-    const uint32_t w = first_word + step * 32 + lane;
-    buffer[step] = w < end ? __ldg(words + w) : 0;
+    buffer[step] = first_word + step * 32 < end ? __ldg(words + step * 32) : 0;
   }
 }
 
-// Those digits to a tile; rows of the tile from `count` on are left alone. True when a group is out
-// of range.
+__device__ inline void StoreShared(uint32_t address, uint32_t a, uint32_t b) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+
+// Those digits to a tile (with room around it): all its rows are written, zeros where there are no
+// digits. True when a group is out of range.
 template <int kDim, int kRows>
 __device__ inline bool UnpackTernaryWords(const uint32_t (&buffer)[kTernarySteps<kDim, kRows>],
-                                          uint32_t first, uint32_t count, __half* tile,
-                                          uint32_t lane) {
-  const uint32_t wanted = count * kDim;
-  // Place of the lane's first digit among the rows'; wraps below 0 in the first word.
-  const uint32_t base = (first * kDim / 20 + lane) * 20 - first * kDim;
+                                          uint32_t first, __half* tile, uint32_t lane) {
+  // Place of the lane's first digit among the rows'; below 0 in the first word.
+  const int base =
+      static_cast<int>((first * kDim / 20 + lane) * 20) - static_cast<int>(first * kDim);
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(tile));
+  constexpr int kRoom = kTileStride<kDim> - kDim;
+  const auto address = [&](int at) {
+    // A shift, so that what is below 0 goes to the row before.
+    return shared + static_cast<uint32_t>(2 * (at + (at >> (kDim == 64    ? 6
+                                                            : kDim == 128 ? 7
+                                                                          : 8)) *
+                                                        kRoom));
+  };
+  // 640 digits on, a step, are whole rows but of 256.
+  constexpr bool kWholeRows = 640 % kDim == 0;
+  constexpr uint32_t kStepBytes = 640 / kDim * kTileStride<kDim> * 2;
+  uint32_t to[5];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) {
+    to[i] = address(base + 4 * i);
+  }
   bool bad = false;
 #pragma unroll
   for (uint32_t step = 0; step < kTernarySteps<kDim, kRows>; ++step) {
@@ -102,11 +130,9 @@ __device__ inline bool UnpackTernaryWords(const uint32_t (&buffer)[kTernarySteps
     bad |= UnpackTernary(buffer[step], halves);
 #pragma unroll
     for (uint32_t i = 0; i < 5; ++i) {
-      const uint32_t at = base + step * 640 + 4 * i;
-      if (at < wanted) {
-        *reinterpret_cast<uint2*>(tile + at + at / kDim * (kTileStride<kDim> - kDim)) =
-            make_uint2(halves[2 * i], halves[2 * i + 1]);
-      }
+      const uint32_t place = kWholeRows ? to[i] + step * kStepBytes
+                                        : address(base + static_cast<int>(step * 640 + 4 * i));
+      StoreShared(place, halves[2 * i], halves[2 * i + 1]);
     }
   }
   return bad;
@@ -117,7 +143,7 @@ __device__ inline bool UnpackTernaryRows(const BlockDesc& block, uint32_t first,
                                          __half* tile, uint32_t lane) {
   uint32_t buffer[kTernarySteps<kDim, kRows>];
   LoadTernary<kDim, kRows>(block, first, count, lane, buffer);
-  return UnpackTernaryWords<kDim, kRows>(buffer, first, count, tile, lane);
+  return UnpackTernaryWords<kDim, kRows>(buffer, first, tile, lane);
 }
 
 // A field of up to 25 bits at a bit offset; words past the end read as zero.
@@ -183,8 +209,8 @@ __device__ inline bool UnpackGroups(const BlockDesc& block, const AlphabetLane& 
 
 template <int kDim>
 __device__ inline bool UnpackOtherRows(const BlockDesc& block, const AlphabetLane& alphabet,
-                                       uint32_t first, uint32_t count, __half* coarse,
-                                       __half* fine, uint32_t lane) {
+                                       uint32_t first, uint32_t count, __half* coarse, __half* fine,
+                                       uint32_t lane) {
   switch (static_cast<BlockCode>(block.code)) {
     case BlockCode::kLevels4:
       return UnpackGroups<kDim, 4, 8, 16>(block, alphabet, first, count, coarse, fine, lane);

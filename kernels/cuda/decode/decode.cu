@@ -20,7 +20,8 @@ constexpr uint32_t kWarpRows = 32;
 constexpr uint32_t kTileRows = 16;
 
 template <int kDim>
-constexpr size_t kWarpHalfs = size_t{kWarpRows} * kTileStride<kDim>;
+constexpr size_t kWarpHalfs = kTernaryHalfs<kDim, kWarpRows>;
+static_assert(kWarpHalfs<64> % 8 == 0 && kWarpHalfs<128> % 8 == 0 && kWarpHalfs<256> % 8 == 0);
 template <int kDim>
 constexpr size_t kSharedBytes = (kThreads / 32 * kWarpHalfs<kDim> +
                                  kFactorHalfs<kDim>)*sizeof(__half);
@@ -55,42 +56,37 @@ __device__ WarpRow<typename Out::Value> FindRow(const DecodeArgs& args, const Wo
   return result;
 }
 
-// Token factors of the 16 rows from coded row `first` on.
-template <int kDim>
+// Token factors of the 16 rows from coded row `first` on. kHalves: of eight components each.
+template <int kDim, int kHalves>
 __device__ void LoadTokens(const FactorTiles<kDim>& factors, const BlockDesc& block, uint32_t first,
                            uint32_t lane, uint32_t (&tokens)[2][4]) {
   const uint32_t row = min(block.raw_rows + first + lane % 16, kBlockTokens - 1);
 #pragma unroll
-  for (uint32_t half = 0; half < 2; ++half) {
-    if (half * 8 < block.rank) {
-      LoadTiles(tokens[half], factors.Token(half, lane / 16, row));
-    }
+  for (uint32_t half = 0; half < kHalves; ++half) {
+    LoadTiles(tokens[half], factors.Token(half, lane / 16, row));
   }
 }
 
 // Adds the low-rank part of one group of 16 channels.
-template <int kDim>
-__device__ inline void AddLowRank(const FactorTiles<kDim>& factors, uint32_t rank, uint32_t j,
-                                  uint32_t lane, const uint32_t (&tokens)[2][4],
-                                  float (&sums)[2][4]) {
+template <int kDim, int kHalves>
+__device__ inline void AddLowRank(const FactorTiles<kDim>& factors, uint32_t j, uint32_t lane,
+                                  const uint32_t (&tokens)[2][4], float (&sums)[2][4]) {
 #pragma unroll
-  for (uint32_t half = 0; half < 2; ++half) {
-    if (half * 8 < rank) {
-      uint32_t channel[4];  // tile 0 high, tile 1 high, both low
-      LoadTiles(channel, factors.Channel(half, lane / 16, 16 * j + lane % 16));
+  for (uint32_t half = 0; half < kHalves; ++half) {
+    uint32_t channel[4];  // tile 0 high, tile 1 high, both low
+    LoadTiles(channel, factors.Channel(half, lane / 16, 16 * j + lane % 16));
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        Mma8(sums[tile], tokens[half][0], tokens[half][1], channel[2 + tile]);
-        Mma8(sums[tile], tokens[half][2], tokens[half][3], channel[tile]);
-        Mma8(sums[tile], tokens[half][0], tokens[half][1], channel[tile]);
-      }
+    for (int tile = 0; tile < 2; ++tile) {
+      Mma8(sums[tile], tokens[half][0], tokens[half][1], channel[2 + tile]);
+      Mma8(sums[tile], tokens[half][2], tokens[half][3], channel[tile]);
+      Mma8(sums[tile], tokens[half][0], tokens[half][1], channel[tile]);
     }
   }
 }
 
 template <typename Out>
 __device__ inline void FinishGroup(float up, uint32_t channel, const float (&sums)[2][4],
-                                   typename Out::Value* const (&to)[2], bool aligned) {
+                                   typename Out::Value* const (&to)[2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float x[4] = {sums[0][2 * i] * up, sums[0][2 * i + 1] * up, sums[1][2 * i] * up,
@@ -101,18 +97,16 @@ __device__ inline void FinishGroup(float up, uint32_t channel, const float (&sum
         value = Clamp(value, Out::kLargest);
       }
     }
-    if (to[i] != nullptr) {
-      Store<Out>(to[i] + channel, aligned, x);
-    }
+    StoreIf<Out>(to[i] != nullptr, to[i] + channel, x);
   }
 }
 
 // 16 rows from coded row `first` on. kParts: tiles of integers (coarse, fine) to be added; 0: the
-// low-rank part alone.
-template <int kDim, int kParts, typename Out>
-__device__ __noinline__ void DecodeTile(const BlockDesc& block, const FactorTiles<kDim>& factors,
-                           uint32_t first, const WarpRow<typename Out::Value>& rows, bool aligned,
-                           const __half* coarse, const __half* fine, uint32_t lane) {
+// low-rank part alone. kHalves: of the components.
+template <int kDim, int kParts, int kHalves, typename Out>
+__device__ void DecodeTile(const BlockDesc& block, const FactorTiles<kDim>& factors, uint32_t first,
+                           const WarpRow<typename Out::Value>& rows, const __half* coarse,
+                           const __half* fine, uint32_t lane) {
   float scale[2];
   typename Out::Value* to[2];
 #pragma unroll
@@ -122,7 +116,12 @@ __device__ __noinline__ void DecodeTile(const BlockDesc& block, const FactorTile
     to[i] = reinterpret_cast<typename Out::Value*>(
         __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(rows.to), from));
   }
-  const float up = PowerOfTwo(block.exponent);
+  float up = PowerOfTwo(block.exponent);
+  if constexpr (kHalves == 0) {
+    scale[0] *= up;
+    scale[1] *= up;
+    up = 1;
+  }
   uint32_t a[kParts == 0 ? 1 : kParts][kDim / 16][4];
   if constexpr (kParts > 0) {
     LoadTransformed<kDim, kTileStride<kDim>>(coarse, lane, a[0]);
@@ -131,17 +130,16 @@ __device__ __noinline__ void DecodeTile(const BlockDesc& block, const FactorTile
     LoadTransformed<kDim, kTileStride<kDim>>(fine, lane, a[1]);
   }
   uint32_t tokens[2][4];
-  LoadTokens(factors, block, first, lane, tokens);
+  LoadTokens<kDim, kHalves>(factors, block, first, lane, tokens);
 #pragma unroll
   for (uint32_t j = 0; j < kDim / 16; ++j) {
     float sums[2][4] = {};
     if constexpr (kParts > 0) {
-      if (kParts == 1 && j == 0 && lane % 4 == 0) {
+      if (kParts == 1 && j == 0) {
         // Ternary digits stand for themselves less one: the transform of ones is kDim at channel 0.
-        const float ones = (SignBits(stages::kRowSeed, 0) & 1U) != 0 ? kDim * 0x1p-24F
-                                                                     : -kDim * 0x1p-24F;
-        sums[0][0] = ones;
-        sums[0][2] = ones;
+        const float sign = (SignBits(stages::kRowSeed, 0) & 1U) != 0 ? 1.0F : -1.0F;
+        sums[0][0] = lane % 4 == 0 ? sign * kDim * 0x1p-24F : 0;
+        sums[0][2] = sums[0][0];
       }
       const uint4 b = __ldg(&kHadamard<kDim>.lane[j][lane]);
 #pragma unroll
@@ -155,10 +153,12 @@ __device__ __noinline__ void DecodeTile(const BlockDesc& block, const FactorTile
         sums[1][i] *= scale[i / 2];
       }
     }
-    if (block.rank > 0) {
-      AddLowRank(factors, block.rank, j, lane, tokens, sums);
+    AddLowRank<kDim, kHalves>(factors, j, lane, tokens, sums);
+    if constexpr (kHalves == 0) {
+      FinishGroup<Out>(1.0F, 16 * j + lane % 4 * 4, sums, to);
+    } else {
+      FinishGroup<Out>(up, 16 * j + lane % 4 * 4, sums, to);
     }
-    FinishGroup<Out>(up, 16 * j + lane % 4 * 4, sums, to, aligned);
   }
 }
 
@@ -167,7 +167,7 @@ __device__ uint32_t DecodeLevels(const DecodeArgs& args, const Work& work, __hal
   const BlockDesc& block = work.block;
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t warp = threadIdx.x / 32;
-  __half* tile = shared + warp * kWarpHalfs<kDim>;
+  __half* tile = shared + warp * kWarpHalfs<kDim> + kRoomBefore;
   __half* second = tile + kTileRows * kTileStride<kDim>;
   const FactorTiles<kDim> factors{shared + kThreads / 32 * kWarpHalfs<kDim>};
   uint32_t errors = 0;
@@ -181,32 +181,49 @@ __device__ uint32_t DecodeLevels(const DecodeArgs& args, const Work& work, __hal
     LoadTernary<kDim, kWarpRows>(block, first, count, lane, words);
   }
   const auto rows = FindRow<kDim, Out>(args, work, first + lane, &errors);
-  const bool aligned = __all_sync(
-      kAllLanes, reinterpret_cast<uintptr_t>(rows.to) % (4 * sizeof(typename Out::Value)) == 0);
-  if (block.rank > 0) {
-    DecodeFactors(block, factors, reinterpret_cast<float*>(tile));
+  if (block.rank > 0 || !full) {
+    const uint32_t halves = ternary && block.rank <= 8 ? 1 : 2;
+    DecodeFactors(block, factors, halves, reinterpret_cast<float*>(tile));
   }
-  if (ternary && UnpackTernaryWords<kDim, kWarpRows>(words, first, count, tile, lane)) {
+  if (ternary && UnpackTernaryWords<kDim, kWarpRows>(words, first, tile, lane)) {
     errors |= kCodesError;
   }
   const AlphabetLane alphabet = LoadAlphabet(full ? block.code : 0, lane);
   for (uint32_t row = 0; row < count; row += kTileRows) {
     __syncwarp();
     if (ternary) {
-      DecodeTile<kDim, 1, Out>(block, factors, first + row, rows, aligned,
-                               row == 0 ? tile : second, nullptr, lane);
+      const __half* mine = row == 0 ? tile : second;
+      if (block.rank == 0) {
+        DecodeTile<kDim, 1, 0, Out>(block, factors, first + row, rows, mine, nullptr, lane);
+      } else if (block.rank <= 8) {
+        DecodeTile<kDim, 1, 1, Out>(block, factors, first + row, rows, mine, nullptr, lane);
+      } else {
+        DecodeTile<kDim, 1, 2, Out>(block, factors, first + row, rows, mine, nullptr, lane);
+      }
     } else if (full) {
       if (UnpackOtherRows<kDim>(block, alphabet, first + row, min(kTileRows, count - row), tile,
                                 second, lane)) {
         errors |= kCodesError;
       }
       __syncwarp();
-      DecodeTile<kDim, 2, Out>(block, factors, first + row, rows, aligned, tile, second, lane);
+      if (block.rank == 0) {
+        DecodeTile<kDim, 2, 0, Out>(block, factors, first + row, rows, tile, second, lane);
+      } else {
+        DecodeTile<kDim, 2, 2, Out>(block, factors, first + row, rows, tile, second, lane);
+      }
     } else {
-      DecodeTile<kDim, 0, Out>(block, factors, first + row, rows, aligned, nullptr, nullptr, lane);
+      DecodeTile<kDim, 0, 2, Out>(block, factors, first + row, rows, nullptr, nullptr, lane);
     }
   }
   return errors;
+}
+
+// Whether all rows lie at multiples of four elements.
+template <typename Out>
+__device__ bool Aligned(const DecodeArgs& args, const Work& work) {
+  const auto base = reinterpret_cast<uintptr_t>(work.kind == 0 ? work.target.k : work.target.v);
+  return base % (4 * sizeof(typename Out::Value)) == 0 &&
+         (args.layout.page_stride | args.layout.token_stride | args.layout.head_stride) % 4 == 0;
 }
 
 // Any block, 16 rows at a time.
@@ -242,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, kDim == 256 ? 2 : 4) DecodeKernel(De
   const bool full = args.form == DecodeForm::kFull;
   if (block.has_levels()) {
     // Of a large exponent values may have to be clamped, which fp16 always does.
-    const bool tuned = kDim > 0 && block.rank <= kTileRank &&
+    const bool tuned = kDim > 0 && block.rank <= kTileRank && Aligned<Out>(args, work) &&
                        (block.exponent <= 100 || Out::kDType == Fp16Out::kDType) &&
                        block.family() != static_cast<uint32_t>(Family::kEOptShrinkQ);
     if (tuned) {

@@ -88,16 +88,16 @@ __device__ inline void DecodeToken(const FactorTiles<kDim>& tiles, const LowPart
   }
 }
 
-// All factors of a block of rank 1 .. kTileRank. Synchronises.
+// All factors of a block of rank 0 .. kTileRank; components up to 8 `halves` that aren't there are
+// zero. Synchronises.
 template <int kDim>
 __device__ inline void DecodeFactors(const BlockDesc& block, const FactorTiles<kDim>& tiles,
-                                     float* scratch) {
+                                     uint32_t halves, float* scratch) {
   const LowPart low(block, kDim);
   const uint32_t lane = threadIdx.x % 32;
-  const uint32_t halfs = block.rank > 8 ? 2 : 1;
-  if (block.rank % 8 != 0) {
+  if (block.rank < 8 * halves) {
     auto* words = reinterpret_cast<uint4*>(tiles.base);
-    for (uint32_t i = threadIdx.x; i < kFactorHalfs<kDim> / 16 * halfs; i += blockDim.x) {
+    for (uint32_t i = threadIdx.x; i < kFactorHalfs<kDim> / 16 * halves; i += blockDim.x) {
       words[i] = make_uint4(0, 0, 0, 0);
     }
     __syncthreads();

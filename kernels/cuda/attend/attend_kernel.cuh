@@ -1,14 +1,16 @@
-// Attention on the compressed form, head dims 64, 128 and 256. A sequence's blocks are dealt out to
-// warps; each warp works whole blocks, keys then values, with a running softmax of its own, and
-// never leaves the rotated bases. Warps of a CTA are merged there, CTAs (splits) by a second kernel.
+// Attention on the compressed form, for one head dim (attend_64.cu and so on). A sequence's blocks
+// are dealt out to warps; each warp works whole blocks, keys then values, with a running softmax of
+// its own, and never leaves the rotated bases. Warps of a CTA are merged there, CTAs (splits) by a
+// second kernel.
+#pragma once
+
 #include "attend/attend_launch.cuh"
 #include "attend/keys.cuh"
 #include "attend/values.cuh"
 
 namespace kvshrink::cuda {
-namespace {
 
-constexpr uint32_t kWarps = 8;
+inline constexpr uint32_t kWarps = 8;
 
 template <int kDim, int kRows>
 struct alignas(16) CtaShared {
@@ -100,9 +102,8 @@ __device__ void Merge(const AttendArgs& args, uint32_t sequence, uint32_t head, 
     float rotated[kPerLane] = {};
     float channel[kPerLane] = {};
     for (uint32_t w = 0; w < kWarps; ++w) {
-      const float by = shared->largest[w][r] == kMinusInfinity
-                           ? 0
-                           : __expf(shared->largest[w][r] - largest);
+      const float by =
+          shared->largest[w][r] == kMinusInfinity ? 0 : __expf(shared->largest[w][r] - largest);
       sum += by * shared->sum[w][r];
       const auto* from = reinterpret_cast<const float*>(&shared->warp[w]);
 #pragma unroll
@@ -131,50 +132,35 @@ __global__ void __launch_bounds__(kWarps * 32, kDim <= 128 && kRows <= 4 ? 2 : 1
   const uint32_t head = blockIdx.y % args.view.kv_heads;
   const uint32_t first_row = blockIdx.y / args.view.kv_heads * kRows;
   LoadQueries(args, sequence, head, first_row, &shared->queries);
-  float scale[kRows];
-  int64_t own[kRows];
-#pragma unroll
-  for (uint32_t r = 0; r < kRows; ++r) {
-    scale[r] = shared->queries.scale[r];
-    own[r] = OwnPosition(args, sequence, first_row + r);
-  }
-
   Softmax<kRows> softmax;
   ValueSums<kDim, kRows> sums;
-  const BlockWalk walk(args, sequence);
-  uint32_t next = blockIdx.x * kWarps + warp;  // counted over the chunks
-  for (uint32_t chunk = 0; chunk < walk.chunks(); ++chunk) {
-    const uint32_t blocks = walk.BlocksOf(args, chunk);
-    const uint32_t shard = walk.Shard(chunk);
-    for (; next < blocks; next += args.splits * kWarps) {
-      const BlockDesc keys = args.view.blocks[args.view.Place(shard, 0, head, next)];
-      const BlockDesc values = args.view.blocks[args.view.Place(shard, 1, head, next)];
-      float x[kRows][4];
-      const ShardField key_error =
-          KeyBlock(keys, shared->queries, &shared->warp[warp], lane, x);
-      const int64_t first =
-          int64_t{args.view.shards[shard].first_token} + next * kBlockTokens + lane * 4;
+  BlockWalk walk(args, sequence, blockIdx.x * kWarps + warp, args.splits * kWarps);
+  for (BlockPlace place; walk.Next(args, &place);) {
+    const BlockDesc keys = args.view.blocks[args.view.Place(place.shard, 0, head, place.block)];
+    const BlockDesc values = args.view.blocks[args.view.Place(place.shard, 1, head, place.block)];
+    float x[kRows][4];
+    const ShardField key_error = KeyBlock(keys, shared->queries, &shared->warp[warp], lane, x);
+    const int64_t first =
+        int64_t{args.view.shards[place.shard].first_token} + place.block * kBlockTokens + lane * 4;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
+    for (uint32_t r = 0; r < kRows; ++r) {
+      const float scale = shared->queries.scale[r];
+      const int64_t own = OwnPosition(args, sequence, first_row + r);
 #pragma unroll
-        for (uint32_t j = 0; j < 4; ++j) {
-          x[r][j] = lane * 4 + j < keys.rows
-                        ? ToLogit(args, x[r][j] * scale[r], first + j, own[r])
-                        : kMinusInfinity;
-        }
-      }
-      float by[kRows];
-      if (softmax.Advance(x, by)) {
-        Rescale(by, lane, &sums);
-      }
-      const ShardField value_error =
-          ValueBlock(values, x, &shared->warp[warp], lane, &sums);
-      const ShardField error = key_error != ShardField::kNone ? key_error : value_error;
-      if (error != ShardField::kNone) {
-        ReportBlock(args, shard, error, next);
+      for (uint32_t j = 0; j < 4; ++j) {
+        x[r][j] = lane * 4 + j < keys.rows ? ToLogit(args, x[r][j] * scale, first + j, own)
+                                           : kMinusInfinity;
       }
     }
-    next -= blocks;
+    float by[kRows];
+    if (softmax.Advance(x, by)) {
+      Rescale(by, lane, &sums);
+    }
+    const ShardField value_error = ValueBlock(values, x, &shared->warp[warp], lane, &sums);
+    const ShardField error = key_error != ShardField::kNone ? key_error : value_error;
+    if (error != ShardField::kNone) {
+      ReportBlock(args, place.shard, error, place.block);
+    }
   }
   __syncwarp();
   PutSums(sums, lane, reinterpret_cast<float*>(&shared->warp[warp]));
@@ -200,30 +186,23 @@ __global__ void __launch_bounds__(kWarps * 32, 1) ScoresKernel(AttendArgs args) 
   const uint32_t head = blockIdx.y % args.view.kv_heads;
   const uint32_t first_row = blockIdx.y / args.view.kv_heads * kRows;
   LoadQueries(args, sequence, head, first_row, &shared->queries);
-  const BlockWalk walk(args, sequence);
-  uint32_t next = blockIdx.x * kWarps + warp;
-  uint32_t base = 0;  // tokens of the chunks before
-  for (uint32_t chunk = 0; chunk < walk.chunks(); ++chunk) {
-    const uint32_t blocks = walk.BlocksOf(args, chunk);
-    const uint32_t shard = walk.Shard(chunk);
-    for (; next < blocks; next += args.splits * kWarps) {
-      const BlockDesc keys = args.view.blocks[args.view.Place(shard, 0, head, next)];
-      float x[kRows][4];
-      const ShardField error = KeyBlock(keys, shared->queries, &shared->warp[warp], lane, x);
-      if (error != ShardField::kNone) {
-        ReportBlock(args, shard, error, next);
-      }
-      const uint32_t first = next * kBlockTokens + lane * 4;
-#pragma unroll
-      for (uint32_t r = 0; r < kRows; ++r) {
-        PutLogits(args, sequence, head, first_row + r, keys.rows,
-                  args.view.shards[shard].first_token, base, first, shared->queries.scale[r], x[r]);
-      }
+  BlockWalk walk(args, sequence, blockIdx.x * kWarps + warp, args.splits * kWarps);
+  for (BlockPlace place; walk.Next(args, &place);) {
+    const BlockDesc keys = args.view.blocks[args.view.Place(place.shard, 0, head, place.block)];
+    float x[kRows][4];
+    const ShardField error = KeyBlock(keys, shared->queries, &shared->warp[warp], lane, x);
+    if (error != ShardField::kNone) {
+      ReportBlock(args, place.shard, error, place.block);
     }
-    next -= blocks;
-    base += blocks == 0 ? 0 : args.view.shards[shard].tokens;
+    const uint32_t first = place.block * kBlockTokens + lane * 4;
+#pragma unroll
+    for (uint32_t r = 0; r < kRows; ++r) {
+      PutLogits(args, sequence, head, first_row + r, keys.rows,
+                args.view.shards[place.shard].first_token, place.base, first,
+                shared->queries.scale[r], x[r]);
+    }
   }
-  ClearTail(args, sequence, head, first_row, kRows, base);
+  ClearTail(args, sequence, head, first_row, kRows, walk.tokens());
 }
 
 template <int kDim, int kRows>
@@ -243,22 +222,9 @@ int Launch(const AttendArgs& args, uint32_t sequences, bool scores, cudaStream_t
 }
 
 template <int kDim>
-int LaunchRows(const AttendArgs& args, uint32_t sequences, bool scores, cudaStream_t stream) {
+int LaunchDim(const AttendArgs& args, uint32_t sequences, bool scores, cudaStream_t stream) {
   return args.queries * args.group <= 4 ? Launch<kDim, 4>(args, sequences, scores, stream)
                                         : Launch<kDim, 8>(args, sequences, scores, stream);
-}
-
-}  // namespace
-
-int LaunchTuned(const AttendArgs& args, uint32_t sequences, bool scores, cudaStream_t stream) {
-  switch (args.head_dim) {
-    case 64:
-      return LaunchRows<64>(args, sequences, scores, stream);
-    case 128:
-      return LaunchRows<128>(args, sequences, scores, stream);
-    default:
-      return LaunchRows<256>(args, sequences, scores, stream);
-  }
 }
 
 }  // namespace kvshrink::cuda

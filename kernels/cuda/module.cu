@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "common/launch.h"
+#include "common/runtime_api.h"
 
 namespace kvshrink::cuda {
 namespace {
@@ -18,7 +19,7 @@ int DeviceCount(int* count) {
   return result;
 }
 
-constexpr CudaApi kApi = {
+const CudaApi kApi = {
     .abi = kAbiVersion,
     .result_text = ResultText,
     .device_count = DeviceCount,
@@ -29,6 +30,7 @@ constexpr CudaApi kApi = {
     .attend = ApiAttend,
     .scores = ApiScores,
     .top_k = ApiTopK,
+    .runtime = RuntimeApi(),
 };
 
 }  // namespace

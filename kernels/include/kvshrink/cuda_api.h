@@ -10,11 +10,12 @@
 
 #include "kvshrink/block.h"
 #include "kvshrink/codec.h"
+#include "kvshrink/cuda_runtime_api.h"
 
 namespace kvshrink::cuda {
 
 // Changes whenever a struct below does: library and module are built together.
-inline constexpr uint32_t kAbiVersion = 2;
+inline constexpr uint32_t kAbiVersion = 3;
 
 // Result of a call: 0, a cudaError_t, or this.
 inline constexpr int kOk = 0;
@@ -150,6 +151,9 @@ struct CudaApi {
   int (*attend)(const AttendParams& params, void* stream) = nullptr;
   int (*scores)(const ScoresParams& params, void* stream) = nullptr;
   int (*top_k)(const TopKParams& params, void* stream) = nullptr;
+
+  // Memory, streams, events and copies, for callers that link no CUDA.
+  const CudaRuntimeApi* runtime = nullptr;
 };
 
 inline constexpr const char* kEntryPoint = "kvshrink_cuda_api";

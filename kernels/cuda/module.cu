@@ -3,6 +3,7 @@
 
 #include "common/launch.h"
 #include "common/runtime_api.h"
+#include "encode/encode_api.h"
 
 namespace kvshrink::cuda {
 namespace {
@@ -31,6 +32,7 @@ const CudaApi kApi = {
     .scores = ApiScores,
     .top_k = ApiTopK,
     .runtime = RuntimeApi(),
+    .encode = EncodeApi(),
 };
 
 }  // namespace

@@ -13,7 +13,7 @@
 #include "stages/rotate.h"
 #include "stages/row_scales.h"
 
-namespace kvshrink::cuda {
+namespace kvshrink::testing {
 namespace {
 
 constexpr Profile kFastProfiles[] = {Profile::kKvs2, Profile::kKvs3, Profile::kKvs4,
@@ -110,7 +110,8 @@ double BlockError(const Backend& backend, const Shard& shard, const BlockView& b
 }
 
 // Given the block's own factors and scales, every digit is that of the nearest level, but where the
-// rotated value is within 1e-4 of a threshold.
+// rotated value is within 1e-4 of a threshold. The device takes 11 bits of a fp32 value: there the
+// distance grows by six standard deviations of that rounding.
 void CheckDigits(const Backend& backend, Family family, const BlockView& block,
                  const ConstTensor& tensor) {
   const auto d = tensor.shape.head_dim;
@@ -129,6 +130,14 @@ void CheckDigits(const Backend& backend, Family family, const BlockView& block,
   int wrong = 0;
   for (uint32_t t = 0; t < block.coded_rows(); ++t) {
     double* row = rows.data() + size_t{t} * d;
+    double near = 1e-4;
+    if (tensor.dtype == DType::kFp32 && scales[t] > 0) {
+      double square = 0;
+      for (uint32_t c = 0; c < d; ++c) {
+        square += row[c] * row[c];
+      }
+      near += 6 * std::ldexp(std::sqrt(square / d / 3), -12 - block.exponent) / scales[t];
+    }
     for (uint32_t i = 0; i < unpacked.rank; ++i) {
       for (uint32_t c = 0; c < d; ++c) {
         row[c] -= static_cast<double>(unpacked.token_factors[t * unpacked.rank + i]) *
@@ -139,9 +148,9 @@ void CheckDigits(const Backend& backend, Family family, const BlockView& block,
     for (uint32_t c = 0; c < d; ++c) {
       const double y = scales[t] > 0 ? std::ldexp(row[c], -block.exponent) / scales[t] : 0;
       const int digit = digits[size_t{t} * d + c];
-      const bool low = digit == 0 || y > static_cast<double>(book.threshold[digit - 1]) - 1e-4;
+      const bool low = digit == 0 || y > static_cast<double>(book.threshold[digit - 1]) - near;
       const bool high =
-          digit == book.levels - 1 || y < static_cast<double>(book.threshold[digit]) + 1e-4;
+          digit == book.levels - 1 || y < static_cast<double>(book.threshold[digit]) + near;
       wrong += low && high ? 0 : 1;
     }
   }
@@ -152,12 +161,15 @@ struct Totals {
   double error[2] = {0, 0}, other[2] = {0, 0};
   uint64_t bytes = 0, other_bytes = 0;
   double worst = 1;
+  // Of the ratio of a block's errors, and their number.
+  double log_ratio[2] = {0, 0}, count[2] = {0, 0};
 };
 
 // The shard must be sound, its report true, its digits right; adds its errors and those of `peer`.
-void CheckShard(const Backend& cpu, const Backend& peer, const ConstTensor& k, const ConstTensor& v,
-                const EncodeOptions& options, Totals* totals) {
-  const GpuShard gpu = EncodeOnGpu(k, v, options);
+void CheckShard(const cuda::CudaEncodeApi& api, const Backend& cpu, const Backend& peer,
+                const ConstTensor& k, const ConstTensor& v, const EncodeOptions& options,
+                Totals* totals) {
+  const GpuShard gpu = EncodeOnGpu(api, k, v, options);
   const auto shard = Shard::Parse(gpu.bytes);
   ASSERT_TRUE(shard.ok()) << shard.status();
   ShardReport expected;
@@ -177,6 +189,10 @@ void CheckShard(const Backend& cpu, const Backend& peer, const ConstTensor& k, c
     totals->error[kind] += error;
     totals->other[kind] += other;
     totals->worst = std::max(totals->worst, other > 0 ? error / other : 1.0);
+    if (other > 0) {
+      totals->log_ratio[kind] += std::log(error / other);
+      totals->count[kind] += 1;
+    }
     CheckDigits(cpu, family, block, tensor);
   }
   totals->bytes += gpu.bytes.size();
@@ -184,17 +200,20 @@ void CheckShard(const Backend& cpu, const Backend& peer, const ConstTensor& k, c
   for (int kind = 0; kind < 2; ++kind) {
     EXPECT_NEAR(gpu.report.kind[kind].error_energy, measured[kind], 0.01 * measured[kind] + 1e-30);
     const KindReport& other = kind == 0 ? expected.k : expected.v;
+    EXPECT_NEAR(static_cast<double>(gpu.report.kind[kind].bytes), static_cast<double>(other.bytes),
+                0.02 * static_cast<double>(other.bytes) + 64);
     EXPECT_EQ(gpu.report.kind[kind].blocks, other.blocks);
     EXPECT_EQ(gpu.report.kind[kind].raw_blocks, other.raw_blocks);
     EXPECT_NEAR(gpu.report.kind[kind].energy, other.energy, 1e-4 * other.energy);
   }
 }
 
-class TraceTest : public testing::TestWithParam<std::tuple<const char*, Profile>> {};
+class TraceTest : public GpuTest,
+                  public ::testing::WithParamInterface<std::tuple<const char*, Profile>> {};
 
 TEST_P(TraceTest, AgreesWithTheExactSolver) {
   const auto [file, profile] = GetParam();
-  const auto trace = client::Trace::Open(std::string(std::getenv("KVSHRINK_TRACES")) + "/" + file);
+  const auto trace = client::Trace::Open(std::string(KVSHRINK_SOURCE_DIR "/tests/data/") + file);
   ASSERT_TRUE(trace.ok()) << trace.status();
   const auto cpu = MakeCpuBackend(0);
   const auto exact = MakeReferenceBackend(true);
@@ -203,10 +222,12 @@ TEST_P(TraceTest, AgreesWithTheExactSolver) {
     EncodeOptions options;
     options.profile = profile;
     options.layer = layer.layer;
-    CheckShard(*cpu, *exact, layer.k, layer.v, options, &totals);
+    CheckShard(*api_->encode, *cpu, *exact, layer.k, layer.v, options, &totals);
   }
   for (int kind = 0; kind < 2; ++kind) {
-    EXPECT_NEAR(totals.error[kind] / totals.other[kind], 1, 0.005) << (kind == 0 ? "K" : "V");
+    // In total, where blocks of much energy count most, and in the mean over the blocks.
+    EXPECT_NEAR(totals.error[kind] / totals.other[kind], 1, 0.01) << kind;
+    EXPECT_NEAR(std::exp(totals.log_ratio[kind] / totals.count[kind]), 1, 0.005) << kind;
   }
   EXPECT_NEAR(static_cast<double>(totals.bytes) / static_cast<double>(totals.other_bytes), 1,
               0.005);
@@ -218,16 +239,16 @@ TEST_P(TraceTest, AgreesWithTheExactSolver) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, TraceTest,
-                         testing::Combine(testing::Values("smollm2-512.safetensors",
-                                                          "qwen2.5-coder-512.safetensors"),
-                                          testing::ValuesIn(kFastProfiles)));
+                         ::testing::Combine(::testing::Values("smollm2-512.safetensors",
+                                                              "qwen2.5-coder-512.safetensors"),
+                                            ::testing::ValuesIn(kFastProfiles)));
 
 struct ShapeCase {
   uint32_t tokens, kv_heads, head_dim, raw_tokens, first_token;
   DType dtype;
 };
 
-class ShapeTest : public testing::TestWithParam<ShapeCase> {};
+class ShapeTest : public GpuTest, public ::testing::WithParamInterface<ShapeCase> {};
 
 TEST_P(ShapeTest, SoundInAllProfiles) {
   const ShapeCase& shape_case = GetParam();
@@ -242,29 +263,33 @@ TEST_P(ShapeTest, SoundInAllProfiles) {
     options.raw_tokens = shape_case.raw_tokens;
     options.first_token = shape_case.first_token;
     Totals totals;
-    CheckShard(*cpu, *cpu, k.tensor, v.tensor, options, &totals);
+    CheckShard(*api_->encode, *cpu, *cpu, k.tensor, v.tensor, options, &totals);
     for (int kind = 0; kind < 2; ++kind) {
       if (totals.other[kind] > 0) {
-        EXPECT_NEAR(totals.error[kind] / totals.other[kind], 1, 0.02);
+        // One or a few rows: single digits count.
+        const double ratio = totals.error[kind] / totals.other[kind];
+        EXPECT_NEAR(ratio, 1, shape_case.tokens < 64 ? 0.15 : 0.02);
       }
     }
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(All, ShapeTest,
-                         testing::Values(ShapeCase{256, 2, 128, 1, 0, DType::kBf16},
-                                         ShapeCase{256, 2, 64, 1, 0, DType::kBf16},
-                                         ShapeCase{256, 2, 256, 1, 0, DType::kBf16},
-                                         ShapeCase{200, 3, 128, 4, 0, DType::kFp16},
-                                         ShapeCase{129, 1, 128, 0, 0, DType::kBf16},
-                                         ShapeCase{1, 1, 128, 1, 5, DType::kBf16},
-                                         ShapeCase{3, 2, 64, 2, 1, DType::kFp16},
-                                         ShapeCase{77, 2, 256, 3, 0, DType::kFp16},
-                                         ShapeCase{256, 2, 128, 1, 0, DType::kFp32},
-                                         ShapeCase{127, 2, 64, 0, 0, DType::kFp32},
-                                         ShapeCase{140, 1, 256, 130, 0, DType::kFp32}));
+                         ::testing::Values(ShapeCase{256, 2, 128, 1, 0, DType::kBf16},
+                                           ShapeCase{256, 2, 64, 1, 0, DType::kBf16},
+                                           ShapeCase{256, 2, 256, 1, 0, DType::kBf16},
+                                           ShapeCase{200, 3, 128, 4, 0, DType::kFp16},
+                                           ShapeCase{129, 1, 128, 0, 0, DType::kBf16},
+                                           ShapeCase{1, 1, 128, 1, 5, DType::kBf16},
+                                           ShapeCase{3, 2, 64, 2, 1, DType::kFp16},
+                                           ShapeCase{77, 2, 256, 3, 0, DType::kFp16},
+                                           ShapeCase{256, 2, 128, 1, 0, DType::kFp32},
+                                           ShapeCase{127, 2, 64, 0, 0, DType::kFp32},
+                                           ShapeCase{140, 1, 256, 130, 0, DType::kFp32}));
 
-TEST(EncodeTest, OddBlocks) {
+using EncodeTest = GpuTest;
+
+TEST_F(EncodeTest, OddBlocks) {
   const TensorShape shape = {512, 1, 128};
   const auto cpu = MakeCpuBackend(0);
   HostTensor k = MakeTensor(shape, LayoutThd(shape), DType::kFp32, 3);
@@ -277,20 +302,21 @@ TEST(EncodeTest, OddBlocks) {
   EncodeOptions options;
   options.raw_tokens = 0;
   Totals totals;
-  CheckShard(*cpu, *cpu, k.tensor, v.tensor, options, &totals);
+  CheckShard(*api_->encode, *cpu, *cpu, k.tensor, v.tensor, options, &totals);
 }
 
-TEST(EncodeTest, LayoutsGiveTheSameBytes) {
+TEST_F(EncodeTest, LayoutsGiveTheSameBytes) {
+  const cuda::CudaEncodeApi& api = *api_->encode;
   const TensorShape shape = {300, 2, 128};
   const HostTensor k = MakeTensor(shape, LayoutThd(shape), DType::kBf16, 5);
   const HostTensor v = MakeTensor(shape, LayoutThd(shape), DType::kBf16, 6);
   const EncodeOptions options;
-  const GpuShard expected = EncodeOnGpu(k.tensor, v.tensor, options);
+  const GpuShard expected = EncodeOnGpu(api, k.tensor, v.tensor, options);
   for (const TensorLayout& layout :
        {LayoutHtd(shape), LayoutBnhd(shape, 16), LayoutBhnd(shape, 32)}) {
     const HostTensor other_k = MakeTensor(shape, layout, DType::kBf16, 5);
     const HostTensor other_v = MakeTensor(shape, layout, DType::kBf16, 6);
-    EXPECT_EQ(EncodeOnGpu(other_k.tensor, other_v.tensor, options).bytes, expected.bytes);
+    EXPECT_EQ(EncodeOnGpu(api, other_k.tensor, other_v.tensor, options).bytes, expected.bytes);
   }
   // Pages out of order.
   const TensorLayout paged = LayoutBnhd(shape, 16);
@@ -308,11 +334,11 @@ TEST(EncodeTest, LayoutsGiveTheSameBytes) {
     }
     host->tensor.data = host->bytes.data();
   }
-  EXPECT_EQ(
-      EncodeOnGpu(shuffled_k.tensor, shuffled_v.tensor, options, &table, shuffled_k.bytes.size())
-          .bytes,
-      expected.bytes);
+  EXPECT_EQ(EncodeOnGpu(api, shuffled_k.tensor, shuffled_v.tensor, options, &table,
+                        shuffled_k.bytes.size())
+                .bytes,
+            expected.bytes);
 }
 
 }  // namespace
-}  // namespace kvshrink::cuda
+}  // namespace kvshrink::testing

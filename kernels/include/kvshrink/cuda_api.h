@@ -10,12 +10,13 @@
 
 #include "kvshrink/block.h"
 #include "kvshrink/codec.h"
+#include "kvshrink/cuda_encode.h"
 #include "kvshrink/cuda_runtime_api.h"
 
 namespace kvshrink::cuda {
 
 // Changes whenever a struct below does: library and module are built together.
-inline constexpr uint32_t kAbiVersion = 3;
+inline constexpr uint32_t kAbiVersion = 4;
 
 // Result of a call: 0, a cudaError_t, or this.
 inline constexpr int kOk = 0;
@@ -154,6 +155,7 @@ struct CudaApi {
 
   // Memory, streams, events and copies, for callers that link no CUDA.
   const CudaRuntimeApi* runtime = nullptr;
+  const CudaEncodeApi* encode = nullptr;
 };
 
 inline constexpr const char* kEntryPoint = "kvshrink_cuda_api";

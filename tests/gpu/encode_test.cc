@@ -227,7 +227,7 @@ TEST_P(TraceTest, AgreesWithTheExactSolver) {
   for (int kind = 0; kind < 2; ++kind) {
     // In total, where blocks of much energy count most, and in the mean over the blocks.
     EXPECT_NEAR(totals.error[kind] / totals.other[kind], 1, 0.01) << kind;
-    EXPECT_NEAR(std::exp(totals.log_ratio[kind] / totals.count[kind]), 1, 0.005) << kind;
+    EXPECT_NEAR(std::exp(totals.log_ratio[kind] / totals.count[kind]), 1, 0.01) << kind;
   }
   EXPECT_NEAR(static_cast<double>(totals.bytes) / static_cast<double>(totals.other_bytes), 1,
               0.005);
@@ -266,9 +266,9 @@ TEST_P(ShapeTest, SoundInAllProfiles) {
     CheckShard(*api_->encode, *cpu, *cpu, k.tensor, v.tensor, options, &totals);
     for (int kind = 0; kind < 2; ++kind) {
       if (totals.other[kind] > 0) {
-        // One or a few rows: single digits count.
+        // A few coded rows: single digits count.
         const double ratio = totals.error[kind] / totals.other[kind];
-        EXPECT_NEAR(ratio, 1, shape_case.tokens < 64 ? 0.15 : 0.02);
+        EXPECT_NEAR(ratio, 1, shape_case.tokens - shape_case.raw_tokens < 64 ? 0.15 : 0.02);
       }
     }
   }

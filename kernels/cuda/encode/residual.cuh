@@ -7,7 +7,7 @@
 // channels 16 h + 4 c + {0, 1, 2, 3}: accumulator tiles 2 h (first two) and 2 h + 1.
 #pragma once
 
-#include "cuda/encode/factors.cuh"
+#include "cuda/encode/token_factors.cuh"
 #include "stages/codebook.h"
 
 namespace kvshrink::cuda {

@@ -65,9 +65,7 @@ __device__ inline void AddKeyFactors(const BlockDesc& block, const QueryTiles<kD
                                      float (&x)[kRows][4]) {
   constexpr int kPerLane = kDim / 32;
   const LowPart low(block, kDim);
-  uint32_t at = low.bit_string(block.rank);
-  for (uint32_t i = 0; i < block.rank; ++i) {
-    const ComponentPlace place = NextComponent(low.record, i, block.rows, kDim, &at);
+  ForEachComponent(block, low, kDim, lane, [&](const ComponentPlace& place) {
     float u[kPerLane];
     ReadLevels(low, place.channel_at, place.channel_bits, lane * kPerLane, u);
     float a[4];
@@ -91,7 +89,7 @@ __device__ inline void AddKeyFactors(const BlockDesc& block, const QueryTiles<kD
         x[r][j] += weight * a[j];
       }
     }
-  }
+  });
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     RotateTokens(true, block.rows, x[r], shared->tokens, lane);

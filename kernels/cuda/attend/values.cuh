@@ -146,9 +146,7 @@ __device__ inline void AddValueFactors(const BlockDesc& block, const float (&p)[
   }
   const LowPart low(block, kDim);
   const float up = PowerOfTwo(block.exponent);
-  uint32_t at = low.bit_string(block.rank);
-  for (uint32_t i = 0; i < block.rank; ++i) {
-    const ComponentPlace place = NextComponent(low.record, i, block.rows, kDim, &at);
+  ForEachComponent(block, low, kDim, lane, [&](const ComponentPlace& place) {
     float u[kPerLane];
     ReadLevels(low, place.channel_at, place.channel_bits, lane * kPerLane, u);
     float a[4];
@@ -169,7 +167,7 @@ __device__ inline void AddValueFactors(const BlockDesc& block, const float (&p)[
         sums->channel[r][j] += weight * u[j];
       }
     }
-  }
+  });
 }
 
 // Values in their own basis: plain rows, and factors that aren't rotated. They join the sums in the

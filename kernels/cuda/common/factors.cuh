@@ -17,18 +17,40 @@ __device__ inline float PowerOfTwo(int exponent) {
   return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
 }
 
+// The stored form of a row's scale: loaded early, decoded later.
+struct StoredScale {
+  uint32_t block = 0;  // kvs: byte q, byte step
+  uint32_t row = 0;    // kvs: the byte with the row's offset; else its fp16 norm
+
+  __device__ StoredScale() = default;
+  __device__ StoredScale(const BlockDesc& block_desc, uint32_t t) {
+    if (block_desc.family() == static_cast<uint32_t>(Family::kKvs)) {
+      block = *reinterpret_cast<const uint16_t*>(block_desc.scales);
+      row = block_desc.scales[2 + t / 2];
+    } else {
+      row = reinterpret_cast<const uint16_t*>(block_desc.scales)[t];
+    }
+  }
+};
+
 // What multiplies the rotated levels of coded row t; of fp16 norms that are negative or not finite
 // *bad is set.
-__device__ inline float RowScale(const BlockDesc& block, uint32_t d, uint32_t t, bool* bad) {
+__device__ inline float DecodeScale(const BlockDesc& block, const StoredScale& stored, uint32_t d,
+                                    uint32_t t, bool* bad) {
   if (block.family() == static_cast<uint32_t>(Family::kKvs)) {
-    const uint32_t offset = (block.scales[2 + t / 2] >> (4 * (t % 2))) & 15U;
-    const float below = static_cast<float>(offset * block.scales[1]) * 0.0625F;
-    return offset == 15 ? 0.0F
-                        : exp2f((static_cast<float>(block.scales[0]) - 191.0F) * 0.125F - below);
+    const uint32_t offset = (stored.row >> (4 * (t % 2))) & 15U;
+    const float below = static_cast<float>(offset * (stored.block >> 8)) * 0.0625F;
+    return offset == 15
+               ? 0.0F
+               : exp2f((static_cast<float>(stored.block & 255U) - 191.0F) * 0.125F - below);
   }
-  const float norm = stages::Fp16ToFloat(reinterpret_cast<const uint16_t*>(block.scales)[t]);
+  const float norm = stages::Fp16ToFloat(static_cast<uint16_t>(stored.row));
   *bad |= !(norm >= 0 && norm <= 65504.0F);
   return norm * rsqrtf(static_cast<float>(d));
+}
+
+__device__ inline float RowScale(const BlockDesc& block, uint32_t d, uint32_t t, bool* bad) {
+  return DecodeScale(block, StoredScale(block, t), d, t, bad);
 }
 
 // Where one component of a kvs record lies: bits from the start of the block's LOW part.
@@ -56,11 +78,12 @@ struct LanePlaces {
   uint32_t pair = 0;  // bits, scale
   uint32_t at = 0;    // of the channel digits
 
-  __device__ LanePlaces(const uint8_t* record, uint32_t rank, uint32_t n, uint32_t d,
-                        uint32_t begin, uint32_t lane) {
-    if (lane < rank) {
-      pair = record[2 * lane] | (uint32_t{record[2 * lane + 1]} << 8);
-    }
+  // The lane's own pair, and the places of all.
+  __device__ static uint32_t LoadPair(const uint8_t* record, uint32_t rank, uint32_t lane) {
+    return lane < rank ? record[2 * lane] | (uint32_t{record[2 * lane + 1]} << 8) : 0;
+  }
+  __device__ LanePlaces(uint32_t own_pair, uint32_t n, uint32_t d, uint32_t begin, uint32_t lane)
+      : pair(own_pair) {
     const uint32_t size = (pair >> 4 & 15U) * d + (pair & 15U) * n;
     uint32_t sum = size;
 #pragma unroll
@@ -122,6 +145,44 @@ __device__ inline void ReadLevels(const LowPart& low, uint32_t at, uint32_t bits
       x[j] = FactorLevel(bits, window & mask);
       window >>= bits;
     }
+  }
+}
+
+// use(place) for every component of a kvs block, by one warp.
+template <typename Use>
+__device__ inline void ForEachComponent(const BlockDesc& block, const LowPart& low, uint32_t d,
+                                        uint32_t lane, const Use& use) {
+  uint32_t begin = low.bit_string(block.rank);
+  for (uint32_t first = 0; first < block.rank; first += 32) {
+    const uint32_t count = min(32U, block.rank - first);
+    const LanePlaces places(LanePlaces::LoadPair(low.record + 2 * first, count, lane), block.rows,
+                            d, begin, lane);
+    for (uint32_t i = 0; i < count; ++i) {
+      const ComponentPlace place = places.Get(i, d);
+      use(place);
+      begin = place.token_at + place.token_bits * block.rows;
+    }
+  }
+}
+
+// Asks for a block's parts to come to the L2: a line a lane. For a block that is worked next.
+__device__ inline void Prefetch(const uint8_t* bytes, uint32_t count, uint32_t lane) {
+  if (lane * 128 < count) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(bytes + size_t{lane} * 128));
+  }
+}
+
+__device__ inline void PrefetchBlock(const BlockDesc& block, uint32_t d, uint32_t lane) {
+  if (block.has_levels() && block.code < kFirstAlphabet + kAlphabets) {
+    const ResidualAlphabet& alphabet = kAlphabetTable.of[block.code - kFirstAlphabet];
+    const uint32_t digits = block.coded_rows() * d;
+    Prefetch(
+        block.codes,
+        digits / static_cast<uint32_t>(alphabet.digits) * static_cast<uint32_t>(alphabet.bits) / 8,
+        lane);
+    Prefetch(block.scales, 1, lane);
+    Prefetch(block.low, block.raw_rows * d * BytesOfDType(block.dtype()) + block.factor_bytes,
+             lane);
   }
 }
 

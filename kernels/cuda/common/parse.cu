@@ -16,6 +16,8 @@ namespace {
 namespace at = format::offset;
 
 constexpr uint32_t kThreads = 256;
+constexpr uint32_t kPadded = 2;  // flag: zero bytes follow the last block's codes
+constexpr uint64_t kMaxPaddedBytes = uint64_t{1} << 31;  // of CODES then
 constexpr uint32_t kMaxPieces = 1600;  // of extensions and index: (4096 + 6 * 2 * 2^17) / 1024
 
 __device__ uint32_t Word(const uint8_t* bytes, size_t offset) {
@@ -74,6 +76,7 @@ struct Header {
   uint32_t tokens, kv_heads, head_dim, raw_rows, first_token, ext_bytes, dtype, blocks_per_head;
   uint64_t low_bytes, scales_bytes, codes_bytes;
   Family family;
+  bool padded;
   uint64_t index_begin, low_begin;
 };
 
@@ -114,8 +117,11 @@ __device__ ShardField ReadHeader(const uint8_t* data, uint64_t size, const Shard
       uint64_t{2} * header->tokens * header->kv_heads * header->head_dim > kMaxEntries) {
     return ShardField::kShape;
   }
-  const uint32_t layer_and_flags = Word(data, at::kLayer);
-  if (profile > 11 || header->dtype > 3 || layer_and_flags > kMaxLayer ||
+  const uint32_t layer = Word(data, at::kLayer) & 0xFFFFU;
+  const uint32_t flags = Word(data, at::kLayer) >> 16;
+  header->padded = (flags & kPadded) != 0;
+  // Of the flags the device knows one: shards without values, say, aren't for it.
+  if (profile > 11 || header->dtype > 3 || layer > kMaxLayer || (flags & ~kPadded) != 0 ||
       uint64_t{header->first_token} + header->tokens > kMaxPosition ||
       header->raw_rows > header->tokens || header->ext_bytes > format::kMaxExtensionBytes ||
       header->ext_bytes % format::kExtensionAlignment != 0) {
@@ -282,9 +288,12 @@ __device__ void PlaceBlocks(const uint8_t* data, uint64_t size, const View& view
     codes += total.codes;
   }
   const uint64_t low_end = header.low_begin + low;
-  const uint64_t end = low_end + scales + codes;
+  const uint64_t end = low_end + scales + header.codes_bytes;
   if (threadIdx.x == 0) {
-    if (low != header.low_bytes || scales != header.scales_bytes || codes != header.codes_bytes) {
+    const bool padded =
+        header.padded && header.codes_bytes >= codes && header.codes_bytes <= kMaxPaddedBytes;
+    if (low != header.low_bytes || scales != header.scales_bytes ||
+        (codes != header.codes_bytes && !padded)) {
       atomicMin(&shared->error, ErrorWord(ShardField::kSections, 0));
     } else if (size < low_end || size > end) {
       atomicMin(&shared->error, ErrorWord(ShardField::kSize, 0));

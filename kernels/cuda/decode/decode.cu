@@ -37,7 +37,8 @@ struct WarpRow {
 
 template <int kDim, typename Out>
 __device__ WarpRow<typename Out::Value> FindRow(const DecodeArgs& args, const Work& work,
-                                                uint32_t row, uint32_t* errors) {
+                                                const StoredScale& stored, uint32_t row,
+                                                uint32_t* errors) {
   const BlockDesc& block = work.block;
   WarpRow<typename Out::Value> result;
   if (row >= block.coded_rows()) {
@@ -45,7 +46,7 @@ __device__ WarpRow<typename Out::Value> FindRow(const DecodeArgs& args, const Wo
   }
   if (args.form == DecodeForm::kFull) {
     bool bad = false;
-    result.scale = RowScale(block, kDim, row, &bad) *
+    result.scale = DecodeScale(block, stored, kDim, row, &bad) *
                    kAlphabetTable.of[block.code - kFirstAlphabet].unit *
                    rsqrtf(static_cast<float>(kDim));
     *errors |= bad ? kScaleError : 0;
@@ -56,14 +57,30 @@ __device__ WarpRow<typename Out::Value> FindRow(const DecodeArgs& args, const Wo
   return result;
 }
 
+// Asks for the block of a CTA that will start when this one ends.
+__device__ void PrefetchLater(const DecodeArgs& args, uint32_t lane) {
+  constexpr uint32_t kAhead = 528;  // four CTAs on each of 132 multiprocessors
+  const uint32_t plane = gridDim.x * gridDim.y;
+  const uint32_t number = blockIdx.x + gridDim.x * blockIdx.y + kAhead;
+  const uint32_t shard = blockIdx.z + number / plane;
+  if (shard < gridDim.z) {
+    const uint32_t row = number % plane / gridDim.x;
+    const BlockDesc& block = args.view.blocks[args.view.Place(
+        shard, args.first_kind + row / args.heads, args.head_begin + row % args.heads,
+        args.token_begin / kBlockTokens + number % gridDim.x)];
+    PrefetchBlock(block, args.head_dim, lane);
+  }
+}
+
 // Token factors of the 16 rows from coded row `first` on. kHalves: of eight components each.
 template <int kDim, int kHalves>
 __device__ void LoadTokens(const FactorTiles<kDim>& factors, const BlockDesc& block, uint32_t first,
                            uint32_t lane, uint32_t (&tokens)[2][4]) {
   const uint32_t row = min(block.raw_rows + first + lane % 16, kBlockTokens - 1);
 #pragma unroll
-  for (uint32_t half = 0; half < kHalves; ++half) {
-    LoadTiles(tokens[half], factors.Token(half, lane / 16, row));
+  for (int h = 0; h < kHalves; ++h) {
+    const auto half = static_cast<uint32_t>(h);
+    LoadTiles(tokens[h], factors.Token(half, lane / 16, row));
   }
 }
 
@@ -72,7 +89,8 @@ template <int kDim, int kHalves>
 __device__ inline void AddLowRank(const FactorTiles<kDim>& factors, uint32_t j, uint32_t lane,
                                   const uint32_t (&tokens)[2][4], float (&sums)[2][4]) {
 #pragma unroll
-  for (uint32_t half = 0; half < kHalves; ++half) {
+  for (int h = 0; h < kHalves; ++h) {
+    const auto half = static_cast<uint32_t>(h);
     uint32_t channel[4];  // tile 0 high, tile 1 high, both low
     LoadTiles(channel, factors.Channel(half, lane / 16, 16 * j + lane % 16));
 #pragma unroll
@@ -180,10 +198,17 @@ __device__ uint32_t DecodeLevels(const DecodeArgs& args, const Work& work, __hal
   if (ternary) {
     LoadTernary<kDim, kWarpRows>(block, first, count, lane, words);
   }
-  const auto rows = FindRow<kDim, Out>(args, work, first + lane, &errors);
+  const StoredScale stored =
+      full && lane < count ? StoredScale(block, first + lane) : StoredScale();
+  const LowPart low(block, kDim);
+  const uint32_t own_pair = LanePlaces::LoadPair(low.record, block.rank, lane);
+  if (warp == 0 && full) {
+    PrefetchLater(args, lane);
+  }
+  const auto rows = FindRow<kDim, Out>(args, work, stored, first + lane, &errors);
   if (block.rank > 0 || !full) {
     const uint32_t halves = ternary && block.rank <= 8 ? 1 : 2;
-    DecodeFactors(block, factors, halves, reinterpret_cast<float*>(tile));
+    DecodeFactors(block, factors, halves, low, own_pair, reinterpret_cast<float*>(tile));
   }
   if (ternary && UnpackTernaryWords<kDim, kWarpRows>(words, first, tile, lane)) {
     errors |= kCodesError;

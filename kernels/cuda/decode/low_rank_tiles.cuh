@@ -89,11 +89,11 @@ __device__ inline void DecodeToken(const FactorTiles<kDim>& tiles, const LowPart
 }
 
 // All factors of a block of rank 0 .. kTileRank; components up to 8 `halves` that aren't there are
-// zero. Synchronises.
+// zero. `own_pair`: of the lane. Synchronises.
 template <int kDim>
 __device__ inline void DecodeFactors(const BlockDesc& block, const FactorTiles<kDim>& tiles,
-                                     uint32_t halves, float* scratch) {
-  const LowPart low(block, kDim);
+                                     uint32_t halves, const LowPart& low, uint32_t own_pair,
+                                     float* scratch) {
   const uint32_t lane = threadIdx.x % 32;
   if (block.rank < 8 * halves) {
     auto* words = reinterpret_cast<uint4*>(tiles.base);
@@ -102,8 +102,7 @@ __device__ inline void DecodeFactors(const BlockDesc& block, const FactorTiles<k
     }
     __syncthreads();
   }
-  const LanePlaces places(low.record, block.rank, block.rows, kDim, low.bit_string(block.rank),
-                          lane);
+  const LanePlaces places(own_pair, block.rows, kDim, low.bit_string(block.rank), lane);
   for (uint32_t v = threadIdx.x / 32; v < 2U * block.rank; v += blockDim.x / 32) {
     const ComponentPlace place = places.Get(v / 2, kDim);
     if (v % 2 == 0) {

@@ -3,170 +3,18 @@
 // captured graphs; all buffers together are far larger than the L2.
 //
 //   kvshrink-gpu-bench [--tokens 8192] [--out FILE]
-#include <cuda_runtime.h>
-
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
-#include <functional>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
 #include <nlohmann/json.hpp>
 
-#include "blocks.h"
-#include "kvshrink/cuda.h"
+#include "gpu_bench_support.h"
+#include "stages/minifloat.h"
 
-namespace kvshrink {
+namespace kvshrink::bench {
 namespace {
 
 using nlohmann::json;
-
-constexpr uint32_t kLayers = 32;
-constexpr uint32_t kHeads = 8;
-constexpr uint32_t kDim = 128;
-constexpr uint32_t kChunkTokens = 1024;
-constexpr uint32_t kQHeads = 32;
-
-void Check(cudaError_t result) {
-  if (result != cudaSuccess) {
-    throw std::runtime_error(cudaGetErrorString(result));
-  }
-}
-
-class DeviceMemory {
- public:
-  explicit DeviceMemory(size_t bytes) { Check(cudaMalloc(&data_, std::max<size_t>(bytes, 16))); }
-  ~DeviceMemory() { cudaFree(data_); }
-  DeviceMemory(DeviceMemory&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
-  DeviceMemory(const DeviceMemory&) = delete;
-  DeviceMemory& operator=(const DeviceMemory&) = delete;
-  DeviceMemory& operator=(DeviceMemory&&) = delete;
-
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-};
-
-template <typename T>
-DeviceMemory ToDevice(const std::vector<T>& values) {
-  DeviceMemory memory(values.size() * sizeof(T));
-  Check(cudaMemcpy(memory.as<void>(), values.data(), values.size() * sizeof(T),
-                   cudaMemcpyHostToDevice));
-  return memory;
-}
-
-// Median milliseconds of one run of what `record` puts on a stream.
-class Timer {
- public:
-  Timer() {
-    Check(cudaStreamCreate(&stream_));
-    Check(cudaEventCreate(&begin_));
-    Check(cudaEventCreate(&end_));
-  }
-  double Median(int repeats, const std::function<int(cudaStream_t)>& record) const {
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t executable = nullptr;
-    Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal));
-    const int result = record(stream_);
-    Check(cudaStreamEndCapture(stream_, &graph));
-    if (result != 0) {
-      throw std::runtime_error("a call gave " + std::to_string(result));
-    }
-    Check(cudaGraphInstantiate(&executable, graph, 0));
-    std::vector<float> times;
-    for (int i = 0; i < repeats + 3; ++i) {
-      Check(cudaEventRecord(begin_, stream_));
-      Check(cudaGraphLaunch(executable, stream_));
-      Check(cudaEventRecord(end_, stream_));
-      Check(cudaEventSynchronize(end_));
-      float milliseconds = 0;
-      Check(cudaEventElapsedTime(&milliseconds, begin_, end_));
-      if (i >= 3) {
-        times.push_back(milliseconds);
-      }
-    }
-    Check(cudaGraphExecDestroy(executable));
-    Check(cudaGraphDestroy(graph));
-    std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
-    return static_cast<double>(times[static_cast<size_t>(repeats / 2)]);
-  }
-
- private:
-  cudaStream_t stream_ = nullptr;
-  cudaEvent_t begin_ = nullptr, end_ = nullptr;
-};
-
-// Distinct shards of a chunk each, K with a few strong components, V with weaker ones.
-std::vector<std::string> EncodeChunks(const Backend& backend, Profile profile, uint32_t count) {
-  std::vector<std::string> shards;
-  const TensorShape shape{kChunkTokens, kHeads, kDim};
-  for (uint32_t i = 0; i < count; ++i) {
-    const testing::Tensor k = testing::LowRankPlusNoise(shape, 6, 0.25F, 1000 + 10 * i);
-    const testing::Tensor v = testing::LowRankPlusNoise(shape, 3, 0.7F, 2000 + 10 * i);
-    EncodeOptions options = testing::OptionsOf(profile);
-    options.first_token = i == 0 ? 0 : kChunkTokens;
-    shards.push_back(*EncodeShard(backend, k.View(), v.View(), options));
-  }
-  return shards;
-}
-
-// `copies` shards, each in its own memory, from a few distinct ones; parsed.
-class Batch {
- public:
-  Batch(const cuda::CudaApi& api, const std::vector<std::string>& distinct, uint32_t copies)
-      : arena_(ArenaBytes(distinct, copies)), status_(copies * sizeof(uint64_t)) {
-    std::vector<const void*> pointers;
-    std::vector<uint64_t> sizes;
-    size_t offset = 0;
-    for (uint32_t i = 0; i < copies; ++i) {
-      const std::string& shard = distinct[i % distinct.size()];
-      Check(cudaMemcpy(arena_.as<char>() + offset, shard.data(), shard.size(),
-                       cudaMemcpyHostToDevice));
-      pointers.push_back(arena_.as<char>() + offset);
-      sizes.push_back(shard.size());
-      bytes_ += shard.size();
-      offset += (shard.size() + 255) / 256 * 256;
-    }
-    pointers_.push_back(ToDevice(pointers));
-    sizes_.push_back(ToDevice(sizes));
-    shape_ = {pointers_[0].as<const void*>(),
-              sizes_[0].as<uint64_t>(),
-              copies,
-              kHeads,
-              kDim,
-              kChunkTokens};
-    view_.emplace_back(api.view_bytes(shape_));
-  }
-
-  int Parse(const cuda::CudaApi& api, cudaStream_t stream) const {
-    return api.parse({shape_, view_[0].as<void>(), api.view_bytes(shape_), status()}, stream);
-  }
-  const cuda::ShardBatch& shape() const { return shape_; }
-  const void* view() const { return view_[0].as<void>(); }
-  uint64_t* status() const { return status_.as<uint64_t>(); }
-  uint64_t bytes() const { return bytes_; }
-
- private:
-  static size_t ArenaBytes(const std::vector<std::string>& distinct, uint32_t copies) {
-    size_t bytes = 0;
-    for (uint32_t i = 0; i < copies; ++i) {
-      bytes += (distinct[i % distinct.size()].size() + 255) / 256 * 256;
-    }
-    return bytes;
-  }
-
-  DeviceMemory arena_, status_;
-  std::vector<DeviceMemory> pointers_, sizes_, view_;
-  cuda::ShardBatch shape_;
-  uint64_t bytes_ = 0;
-};
 
 json CopyCeiling(const Timer& timer) {
   constexpr size_t kBytes = size_t{2} << 30;
@@ -178,6 +26,67 @@ json CopyCeiling(const Timer& timer) {
         cudaMemcpyAsync(to.as<void>(), from.as<void>(), kBytes, cudaMemcpyDeviceToDevice, stream));
   });
   return {{"read_and_written_gb_per_s", 2 * static_cast<double>(kBytes) / ms * 1e-6}};
+}
+
+// [T, H, D] bf16 of every layer, K and V, made of a few distinct chunks; a job a chunk.
+json Encode(const cuda::CudaApi& api, const Timer& timer, Profile profile, uint32_t tokens) {
+  constexpr uint32_t kDistinct = 8;
+  constexpr size_t kChunkValues = size_t{kChunkTokens} * kHeads * kDim;
+  const uint32_t jobs = kLayers * (tokens / kChunkTokens);
+  const DeviceMemory raw(2 * jobs * kChunkValues * 2);
+  for (uint32_t i = 0; i < 2 * kDistinct; ++i) {
+    const testing::Tensor chunk = i % 2 == 0 ? ChunkKeys(i / 2) : ChunkValues(i / 2);
+    std::vector<uint16_t> values;
+    std::transform(chunk.values.begin(), chunk.values.end(), std::back_inserter(values),
+                   stages::FloatToBf16);
+    for (uint32_t to = i; to < 2 * jobs; to += 2 * kDistinct) {
+      Check(cudaMemcpy(raw.as<uint16_t>() + to * kChunkValues, values.data(), kChunkValues * 2,
+                       cudaMemcpyHostToDevice));
+    }
+  }
+  cuda::EncodeBatch batch;
+  batch.profile = profile;
+  batch.kv_heads = kHeads;
+  batch.head_dim = kDim;
+  batch.jobs = jobs;
+  batch.max_tokens = kChunkTokens;
+  const uint64_t capacity = (api.encode->max_shard_bytes(batch, kChunkTokens) + 255) / 256 * 256;
+  const DeviceMemory shards(capacity * jobs);
+  std::vector<cuda::EncodeJob> list(jobs);
+  for (uint32_t i = 0; i < jobs; ++i) {
+    list[i].k.data = raw.as<uint16_t>() + size_t{2} * i * kChunkValues;
+    list[i].v.data = raw.as<uint16_t>() + (size_t{2} * i + 1) * kChunkValues;
+    list[i].k.token_stride = list[i].v.token_stride = kHeads * kDim;
+    list[i].k.head_stride = list[i].v.head_stride = kDim;
+    list[i].tokens = kChunkTokens;
+    list[i].layer = i % kLayers;
+    list[i].out = shards.as<uint8_t>() + i * capacity;
+    list[i].capacity = capacity;
+  }
+  const DeviceMemory device_list = ToDevice(list);
+  const DeviceMemory reports(jobs * sizeof(cuda::EncodeReport));
+  batch.job_list = device_list.as<cuda::EncodeJob>();
+  batch.report_list = reports.as<cuda::EncodeReport>();
+  const size_t workspace_bytes = api.encode->workspace_bytes(batch);
+  const DeviceMemory workspace(workspace_bytes);
+  const double ms = timer.Median(20, [&](cudaStream_t stream) {
+    return api.encode->encode(batch, workspace.as<void>(), workspace_bytes, stream);
+  });
+  std::vector<cuda::EncodeReport> told(jobs);
+  Check(cudaMemcpy(told.data(), reports.as<void>(), jobs * sizeof(cuda::EncodeReport),
+                   cudaMemcpyDeviceToHost));
+  double bytes = 0;
+  for (const cuda::EncodeReport& report : told) {
+    if (report.written == 0) {
+      throw std::runtime_error("a shard wasn't written");
+    }
+    bytes += static_cast<double>(report.bytes);
+  }
+  const double raw_bytes = 2.0 * jobs * static_cast<double>(kChunkValues) * 2;
+  return {{"profile", GetProfileInfo(profile).name},
+          {"bits_per_entry", bytes * 16 / raw_bytes},
+          {"encode_ms", ms},
+          {"encode_gb_per_s", raw_bytes / ms * 1e-6}};
 }
 
 // Into a paged cache [pages][16][heads][dim] per layer, K and V apart.
@@ -324,6 +233,7 @@ int Main(int argc, char** argv) {
   report["copy"] = CopyCeiling(timer);
   for (const Profile profile :
        {Profile::kKvs2, Profile::kKvs3, Profile::kKvs4, Profile::kTq2, Profile::kTq4}) {
+    report["encode"].push_back(Encode(**api, timer, profile, tokens));
     report["decode"].push_back(Decode(**api, timer, *backend, profile, tokens));
   }
   for (const Profile profile : {Profile::kKvs2, Profile::kTq2, Profile::kKvs4}) {
@@ -338,11 +248,11 @@ int Main(int argc, char** argv) {
 }
 
 }  // namespace
-}  // namespace kvshrink
+}  // namespace kvshrink::bench
 
 int main(int argc, char** argv) {
   try {
-    return kvshrink::Main(argc, argv);
+    return kvshrink::bench::Main(argc, argv);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;

@@ -222,7 +222,8 @@ TEST_P(TraceTest, AgreesWithTheExactSolver) {
     EncodeOptions options;
     options.profile = profile;
     options.layer = layer.layer;
-    CheckShard(*api_->encode, *cpu, *exact, layer.k, layer.v, options, &totals);
+    ASSERT_TRUE(layer.v.has_value());
+    CheckShard(*api_->encode, *cpu, *exact, layer.k, *layer.v, options, &totals);
   }
   for (int kind = 0; kind < 2; ++kind) {
     // In total, where blocks of much energy count most, and in the mean over the blocks.

@@ -6,7 +6,7 @@
 #   DIR/run.sh [OUT]                      runs what was packed: tests, benchmark, compute-sanitizer; results go to OUT
 set -euo pipefail
 
-readonly TESTS=(test_gpu_attend test_gpu_decode)
+readonly TESTS=(test_gpu_attend test_gpu_decode test_gpu_encode)
 
 pack() {
   local to="$1" root build binary
@@ -58,6 +58,7 @@ run() {
     for tool in memcheck racecheck initcheck; do
       step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 ./test_gpu_decode --gtest_filter='*Small*'
       step "$tool-attend" compute-sanitizer --tool "$tool" --error-exitcode 9 ./test_gpu_attend --gtest_filter='*Small*'
+      step "$tool-encode" compute-sanitizer --tool "$tool" --error-exitcode 9 ./test_gpu_encode --gtest_filter='*OddBlocks*'
     done
   fi
   return "$FAILED"

@@ -22,7 +22,7 @@ struct StoredScale {
   uint32_t block = 0;  // kvs: byte q, byte step
   uint32_t row = 0;    // kvs: the byte with the row's offset; else its fp16 norm
 
-  __device__ StoredScale() = default;
+  StoredScale() = default;
   __device__ StoredScale(const BlockDesc& block_desc, uint32_t t) {
     if (block_desc.family() == static_cast<uint32_t>(Family::kKvs)) {
       block = *reinterpret_cast<const uint16_t*>(block_desc.scales);

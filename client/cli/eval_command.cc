@@ -79,6 +79,7 @@ absl::StatusOr<Outcome> RunEval(const EvalArguments& arguments) {
   const Json options = {
       {"chunk_tokens", settings.chunk_tokens},
       {"raw_tokens", client::RawTokens(settings, trace)},
+      {"raw_layers", settings.raw_layers},
       {"max_relative_error", settings.max_relative_error},
       {"bits_per_entry", settings.bits_per_entry},
       {"fixed_size", settings.fixed_size},

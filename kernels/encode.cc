@@ -87,8 +87,7 @@ ShardHeader HeaderOf(const ConstTensor& k, bool has_v, const EncodeOptions& opti
   header.layer = options.layer;
   header.padded = options.fixed_size;
   header.keys_only = !has_v;
-  header.raw_rows = std::min(
-      k.shape.tokens, options.raw_tokens - std::min(options.raw_tokens, options.first_token));
+  header.raw_rows = RawRows(options, k.shape.tokens);
   if (options.rope.has_value() && options.profile != Profile::kRaw) {
     header.extensions.rope = options.rope;
     uint32_t& rotary_dim = header.extensions.rope->rotary_dim;

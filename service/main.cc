@@ -75,10 +75,11 @@ int Run(const Options& options) {
     spdlog::error("start_failed error=\"{}\"", status.ToString());
     return 1;
   }
-  spdlog::info("serving version={} listen={} http={} backend=cpu tiers={} data_dir=\"{}\"",
-               kVersion, (*server)->listen_address(),
-               options.http.empty() ? "off" : (*server)->http_address(),
-               TierNames((*server)->store()), options.data_dir);
+  spdlog::info(
+      "serving version={} listen={} http={} backend={} device=\"{}\" tiers={} data_dir=\"{}\"",
+      kVersion, (*server)->listen_address(),
+      options.http.empty() ? "off" : (*server)->http_address(), (*server)->codec().backend(),
+      (*server)->codec().device(), TierNames((*server)->store()), options.data_dir);
 
   int signal_number = 0;
   sigwait(&signals, &signal_number);

@@ -50,7 +50,7 @@ void AddSize(CLI::App& app, const std::string& flag, uint64_t& bytes, const std:
 void AddFlags(CLI::App& app, Options& options) {
   Add(app, "--listen", options.listen, "host:port of gRPC; port 0 = a free one");
   Add(app, "--http", options.http, "host:port of /metrics, /healthz, /readyz; \"\" = off");
-  Add(app, "--backend", options.backend, "what runs the codec")
+  Add(app, "--backend", options.backend, "what runs the codec; auto = the GPU where there is one")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}));
   app.add_option("--basis", options.bases,
                  "calibrated basis (.kvb) of profile kvs2c; may be repeated: the first that fits "
@@ -64,6 +64,8 @@ void AddFlags(CLI::App& app, Options& options) {
   AddSize(app, "--inflight-bytes", options.inflight_bytes,
           "memory of requests in progress; more are refused");
   AddSize(app, "--max-object-bytes", options.max_object_bytes, "largest body of one object");
+  AddSize(app, "--device-bytes", options.device_bytes,
+          "the GPU's memory for objects in work; larger ones go to the CPU");
   Add(app, "--threads", options.threads, "threads of the codec; 0 = one per core")
       ->check(CLI::Range(0, kMaxThreads));
   Add(app, "--drain-timeout", options.drain_timeout_s, "seconds to finish work after SIGTERM")
@@ -141,11 +143,7 @@ absl::Status ValidateOptions(const Options& options) {
   if (!options.http.empty()) {
     KVSHRINK_RETURN_IF_ERROR(HostPort::Parse("http", options.http).status());
   }
-  if (options.backend == "cuda") {
-    return BadArgument("backend", options.backend,
-                       "this build has no CUDA backend; use auto or cpu");
-  }
-  if (options.backend != "auto" && options.backend != "cpu") {
+  if (options.backend != "auto" && options.backend != "cpu" && options.backend != "cuda") {
     return BadArgument("backend", options.backend, "must be auto, cpu or cuda");
   }
   const std::pair<std::string_view, uint64_t> sizes[] = {
@@ -153,7 +151,8 @@ absl::Status ValidateOptions(const Options& options) {
       {"disk-bytes", options.disk_bytes},
       {"uncommitted-bytes", options.uncommitted_bytes},
       {"inflight-bytes", options.inflight_bytes},
-      {"max-object-bytes", options.max_object_bytes}};
+      {"max-object-bytes", options.max_object_bytes},
+      {"device-bytes", options.device_bytes}};
   constexpr uint64_t kMostBytes = uint64_t{1} << 62;
   for (const auto& [flag, bytes] : sizes) {
     if (bytes == 0 || bytes > kMostBytes) {

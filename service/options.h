@@ -22,7 +22,8 @@ struct Options {
   uint64_t uncommitted_bytes = uint64_t{1} << 30;
   uint64_t inflight_bytes = uint64_t{1} << 30;
   uint64_t max_object_bytes = uint64_t{256} << 20;
-  int threads = 0;  // of the codec; 0 = one per core
+  uint64_t device_bytes = uint64_t{1} << 30;  // of the GPU's memory, with backend cuda
+  int threads = 0;                            // of the codec; 0 = one per core
   int drain_timeout_s = 30;
   int stall_timeout_s = 60;
   int uncommitted_ttl_s = 600;
@@ -39,7 +40,7 @@ struct EarlyExit {
 
 std::variant<Options, EarlyExit> ParseOptions(int argc, const char* const* argv);
 
-// Checks what a parser can't: addresses, the backend of this build, sizes against each other.
+// Checks what a parser can't: addresses, the backend's name, sizes.
 // INVALID_ARGUMENT naming the flag.
 absl::Status ValidateOptions(const Options& options);
 

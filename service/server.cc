@@ -14,6 +14,7 @@
 #include "absl/time/clock.h"
 #include "kvshrink/error.h"
 #include "kvshrink/strcat.h"
+#include "service/engine/cuda_codec.h"
 #include "service/observe/address.h"
 #include "service/observe/http.h"
 #include "service/observe/state.h"
@@ -78,13 +79,15 @@ class GrpcDaemon final : public Server {
         store_(std::move(parts.store)),
         backend_(std::move(parts.backend)),
         bases_(std::move(bases)),
+        codec_(std::move(parts.codec)),
         admission_(options.inflight_bytes, kMaxTickets),
-        metrics_(kVersion, backend_->name()),
+        metrics_(kVersion, codec_->backend()),
         executor_(std::make_unique<Executor>(ThreadCount(options.threads), kMaxTickets)),
         service_(env_) {
     env_.store = store_.get();
     env_.backend = backend_.get();
     env_.bases = &bases_;
+    env_.codec = codec_.get();
     env_.admission = &admission_;
     env_.executor = executor_.get();
     env_.metrics = &metrics_;
@@ -92,7 +95,7 @@ class GrpcDaemon final : public Server {
     env_.max_object_bytes = options.max_object_bytes;
     env_.uncommitted_capacity_bytes = options.uncommitted_bytes;
     env_.version = kVersion;
-    env_.device = CpuName();
+    env_.device = codec_->device().empty() ? CpuName() : codec_->device();
   }
 
   ~GrpcDaemon() override {
@@ -136,6 +139,7 @@ class GrpcDaemon final : public Server {
   }
 
   store::Store& store() override { return *store_; }
+  const Codec& codec() const override { return *codec_; }
 
  private:
   absl::Status ServeGrpc() {
@@ -179,7 +183,9 @@ class GrpcDaemon final : public Server {
                             .refused = admission_.refused(),
                             .queued_jobs = executor_->queued(),
                             .open_streams = streams_.size(),
-                            .draining = env_.draining};
+                            .draining = env_.draining,
+                            .has_device = codec_->health().has_device,
+                            .device_lost = codec_->health().lost};
     for (prometheus::MetricFamily& family : StateMetrics(state, *store_)) {
       families.push_back(std::move(family));
     }
@@ -190,6 +196,7 @@ class GrpcDaemon final : public Server {
   std::unique_ptr<store::Store> store_;
   std::unique_ptr<Backend> backend_;
   const BasisSet bases_;
+  std::unique_ptr<Codec> codec_;
   Admission admission_;
   Metrics metrics_;
   StreamRegistry streams_;
@@ -213,6 +220,16 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Options& options, Se
   }
   if (parts.backend == nullptr) {
     parts.backend = MakeCpuBackend(options.threads);
+  }
+  if (parts.codec == nullptr) {
+    const CudaCodecOptions cuda{.device_bytes = options.device_bytes,
+                                .lanes = ThreadCount(options.threads)};
+    absl::StatusOr<std::unique_ptr<Codec>> codec =
+        ChooseCodec(options.backend, cuda, *parts.backend);
+    if (!codec.ok()) {
+      return codec.status();
+    }
+    parts.codec = *std::move(codec);
   }
   if (parts.store == nullptr) {
     store::StoreOptions store_options;

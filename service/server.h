@@ -7,6 +7,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "kvshrink/codec.h"
+#include "service/engine/codec.h"
 #include "service/options.h"
 #include "service/store/store.h"
 
@@ -15,13 +16,15 @@ namespace kvshrink::service {
 // Parts that a caller may bring along instead of having them made from the options.
 struct ServerParts {
   std::unique_ptr<store::Store> store;
-  std::unique_ptr<Backend> backend;
+  std::unique_ptr<Backend> backend;  // of the CPU
+  std::unique_ptr<Codec> codec;      // runs on `backend`, if on any
 };
 
 class Server {
  public:
   // Opens the store, binds the addresses, serves. Errors: what the store says; UNAVAILABLE naming
-  // an address that can't be bound; INVALID_ARGUMENT naming an option.
+  // an address that can't be bound; INVALID_ARGUMENT naming an option; FAILED_PRECONDITION for a
+  // backend that can't run here.
   static absl::StatusOr<std::unique_ptr<Server>> Start(const Options& options,
                                                        ServerParts parts = {});
   // Stops at once: what is in work is cancelled.
@@ -37,8 +40,9 @@ class Server {
   // Nothing admitted is left.
   virtual bool Drained() const = 0;
 
-  // For tests and `main`: the store in use.
+  // For tests and `main`: what is in use.
   virtual store::Store& store() = 0;
+  virtual const Codec& codec() const = 0;
 };
 
 }  // namespace kvshrink::service

@@ -46,7 +46,11 @@ Metrics::Metrics(std::string_view version, std::string_view backend)
       blocks_(BuildCounter()
                   .Name("kvshrink_encode_blocks_total")
                   .Help("Blocks encoded, by kind and by what became of them")
-                  .Register(registry_)) {
+                  .Register(registry_)),
+      codec_objects_(BuildCounter()
+                         .Name("kvshrink_codec_objects_total")
+                         .Help("Objects encoded or decoded, by what ran the codec")
+                         .Register(registry_)) {
   BuildGauge()
       .Name("kvshrink_build_info")
       .Help("Always 1; version and backend as labels")
@@ -86,6 +90,10 @@ void Metrics::Encoded(const ShardReport& report) {
   };
   add("k", report.k);
   add("v", report.v);
+}
+
+void Metrics::CodecRan(std::string_view rpc, std::string_view backend) {
+  codec_objects_.Add({{"rpc", std::string(rpc)}, {"backend", std::string(backend)}}).Increment();
 }
 
 std::string CodeName(absl::StatusCode code) { return absl::StatusCodeToString(code); }

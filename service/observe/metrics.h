@@ -31,6 +31,8 @@ class Metrics {
   void BytesIn(std::string_view rpc, uint64_t bytes);
   void BytesOut(std::string_view rpc, uint64_t bytes);
   void Encoded(const ShardReport& report);
+  // The codec made an object for an RPC, on `backend`.
+  void CodecRan(std::string_view rpc, std::string_view backend);
 
   std::vector<prometheus::MetricFamily> Collect() const { return registry_.Collect(); }
 
@@ -43,6 +45,7 @@ class Metrics {
   prometheus::Counter& raw_bytes_;
   prometheus::Counter& encoded_bytes_;
   prometheus::Family<prometheus::Counter>& blocks_;
+  prometheus::Family<prometheus::Counter>& codec_objects_;
 };
 
 // "OK", "INVALID_ARGUMENT", ...

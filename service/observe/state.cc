@@ -90,6 +90,11 @@ std::vector<MetricFamily> StateMetrics(const DaemonState& state, const store::St
                   state.open_streams);
   families.Single("kvshrink_draining", "1 while the daemon drains", MetricType::Gauge,
                   state.draining ? 1 : 0);
+  if (state.has_device) {
+    families.Single("kvshrink_codec_device_lost",
+                    "1 once the GPU has failed and the CPU does its work", MetricType::Gauge,
+                    state.device_lost ? 1 : 0);
+  }
   AddStore(store, families);
   return families.Take();
 }

@@ -17,6 +17,8 @@ struct DaemonState {
   uint64_t queued_jobs = 0;
   uint64_t open_streams = 0;
   bool draining = false;
+  bool has_device = false;   // the codec has a GPU
+  bool device_lost = false;  // which has failed
 };
 
 std::vector<prometheus::MetricFamily> StateMetrics(const DaemonState& state,

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "service/engine/coding.h"
-
 namespace kvshrink::service {
 namespace {
 
@@ -34,18 +32,17 @@ absl::StatusOr<Accepted<CompressDetails>> CompressStream::Check(const v1::Compre
 }
 
 absl::StatusOr<CompressStream::Answer> CompressStream::Work(Object& object) {
-  const TensorPlan& tensor = object.details.tensor;
-  ShardReport report;
-  absl::StatusOr<std::string> bytes = EncodeShard(
-      *env_.backend, tensor.K(object.body), tensor.V(object.body), object.details.options, &report);
-  if (!bytes.ok()) {
-    return bytes.status();
+  absl::StatusOr<EncodedTensor> encoded =
+      env_.codec->Encode(object.details.tensor, object.body, object.details.options);
+  if (!encoded.ok()) {
+    return encoded.status();
   }
-  env_.metrics->Encoded(report);
-  Answer answer = WithBody(object, *std::move(bytes));
+  env_.metrics->Encoded(encoded->report);
+  env_.metrics->CodecRan(rpc_, encoded->ran_on);
+  Answer answer = WithBody(object, std::move(encoded->shard));
   v1::CompressAnswer* header = answer.message.mutable_header();
   header->set_body_bytes(answer.body_bytes);
-  FillStats(report, header->mutable_stats());
+  FillStats(encoded->report, header->mutable_stats());
   return answer;
 }
 
@@ -78,13 +75,14 @@ absl::StatusOr<DecompressStream::Answer> DecompressStream::Work(Object& object) 
   }
   // Only the shard says how large its tensors are: that part of the memory is asked for now.
   KVSHRINK_RETURN_IF_ERROR(object.ticket->GrowTo(object.charge_bytes + plan->bytes));
-  absl::StatusOr<std::string> body = DecodeToBytes(
-      *env_.backend, *shard, details.low_rank ? DecodeForm::kLowRank : DecodeForm::kFull, *plan, {},
+  absl::StatusOr<DecodedShard> decoded = env_.codec->Decode(
+      *shard, object.body, details.low_rank ? DecodeForm::kLowRank : DecodeForm::kFull, *plan, {},
       env_.bases->Of(shard->header()));
-  if (!body.ok()) {
-    return AsCallersFault(body.status());
+  if (!decoded.ok()) {
+    return AsCallersFault(decoded.status());
   }
-  Answer answer = WithBody(object, *std::move(body));
+  env_.metrics->CodecRan(rpc_, decoded->ran_on);
+  Answer answer = WithBody(object, std::move(decoded->body));
   v1::DecompressAnswer* header = answer.message.mutable_header();
   header->set_body_bytes(answer.body_bytes);
   FillTensorSpec(*plan, details.layout.order(), header->mutable_tensor());

@@ -4,7 +4,6 @@
 
 #include "kvshrink/error.h"
 #include "kvshrink/strcat.h"
-#include "service/engine/coding.h"
 #include "service/observe/log.h"
 #include "service/rpc/limits.h"
 #include "service/rpc/tenant.h"
@@ -247,7 +246,7 @@ absl::StatusOr<GetStream::Answer> GetStream::Load(const Progress& progress,
   } else if (shard->header().layer != layer) {
     answer = BadShard("layer", shard->header().layer, StrCat("it was stored as layer ", layer));
   } else if (progress.request.form() == v1::GET_FORM_DECODED) {
-    answer = Decode(progress, *shard);
+    answer = Decode(progress, *shard, *found->bytes);
   } else {
     answer->body = found->bytes;
     answer->body_bytes = progress.request.form() == v1::GET_FORM_LOW_RANK ? shard->preview_bytes()
@@ -270,7 +269,8 @@ absl::StatusOr<GetStream::Answer> GetStream::Load(const Progress& progress,
   return answer;
 }
 
-absl::StatusOr<GetStream::Answer> GetStream::Decode(const Progress& progress, const Shard& shard) {
+absl::StatusOr<GetStream::Answer> GetStream::Decode(const Progress& progress, const Shard& shard,
+                                                    std::string_view bytes) {
   const v1::GetRequest& request = progress.request;
   absl::StatusOr<TensorPlan> plan = PlanOf(request, shard.header().shape, shard.header().keys_only,
                                            shard.header().dtype, env_.max_object_bytes);
@@ -278,14 +278,16 @@ absl::StatusOr<GetStream::Answer> GetStream::Decode(const Progress& progress, co
     return plan.status();
   }
   const std::vector<uint32_t> heads(request.kv_heads().begin(), request.kv_heads().end());
-  absl::StatusOr<std::string> body = DecodeToBytes(*env_.backend, shard, DecodeForm::kFull, *plan,
-                                                   heads, env_.bases->Of(shard.header()));
-  if (!body.ok()) {
-    return body.status();
+  absl::StatusOr<DecodedShard> decoded =
+      env_.codec->Decode(shard, bytes, DecodeForm::kFull, *plan, heads,
+                          env_.bases->Of(shard.header()));
+  if (!decoded.ok()) {
+    return decoded.status();
   }
+  env_.metrics->CodecRan(rpc_, decoded->ran_on);
   Answer answer;
-  answer.body_bytes = body->size();
-  answer.body = std::make_shared<const std::string>(*std::move(body));
+  answer.body_bytes = decoded->body.size();
+  answer.body = std::make_shared<const std::string>(std::move(decoded->body));
   FillTensorSpec(*plan, request.layout().order(),
                  answer.message.mutable_header()->mutable_tensor());
   return answer;

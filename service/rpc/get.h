@@ -43,7 +43,8 @@ class GetStream final : public BidiStream<v1::GetRequest, v1::GetResponse> {
   Answer Next(Progress& progress);
   absl::Status FindLayers(Progress& progress) const;
   absl::StatusOr<Answer> Load(const Progress& progress, const store::ChunkKey& key, uint32_t layer);
-  absl::StatusOr<Answer> Decode(const Progress& progress, const Shard& shard);
+  absl::StatusOr<Answer> Decode(const Progress& progress, const Shard& shard,
+                                std::string_view bytes);
   Answer ErrorAnswer(const v1::GetRequest& request, const absl::Status& status) const;
 
   const std::string tenant_;

@@ -17,14 +17,14 @@ struct Coded {
 
 absl::StatusOr<Coded> EncodeTensor(const Environment& env, const PutDetails& details,
                                    std::string_view body) {
-  Coded coded;
-  absl::StatusOr<std::string> bytes =
-      EncodeShard(*env.backend, details.tensor->K(body), details.tensor->V(body), details.options,
-                  &coded.report);
-  if (!bytes.ok()) {
-    return bytes.status();
+  absl::StatusOr<EncodedTensor> encoded = env.codec->Encode(*details.tensor, body, details.options);
+  if (!encoded.ok()) {
+    return encoded.status();
   }
-  env.metrics->Encoded(coded.report);
+  env.metrics->Encoded(encoded->report);
+  env.metrics->CodecRan("Put", encoded->ran_on);
+  Coded coded;
+  coded.report = encoded->report;
   ShardHeader header;
   header.profile = details.options.profile;
   header.dtype = details.tensor->dtype;
@@ -32,8 +32,8 @@ absl::StatusOr<Coded> EncodeTensor(const Environment& env, const PutDetails& det
   header.first_token = details.options.first_token;
   header.layer = details.layer;
   header.keys_only = details.tensor->keys_only;
-  coded.meta = MetaOf(header, bytes->size());
-  coded.bytes = std::make_shared<const std::string>(*std::move(bytes));
+  coded.meta = MetaOf(header, encoded->shard.size());
+  coded.bytes = std::make_shared<const std::string>(std::move(encoded->shard));
   return coded;
 }
 

@@ -116,7 +116,7 @@ absl::Status DoList(Environment& env, const std::string& tenant, const v1::ListR
 
 void FillServerInfo(const Environment& env, v1::ServerInfoResponse* response) {
   response->set_version(env.version);
-  response->set_backend(std::string(env.backend->name()));
+  response->set_backend(std::string(env.codec->backend()));
   response->set_device(env.device);
   for (const ProfileInfo& profile : AllProfiles()) {
     response->add_profiles(std::string(profile.name));

@@ -54,6 +54,13 @@ struct EncodeOptions {
 // Checks a rate target and what it can't go with. Errors: INVALID_ARGUMENT naming the field.
 absl::Status CheckRate(const EncodeOptions& options);
 
+// Rows of a chunk of `tokens` that are kept exactly.
+constexpr uint32_t RawRows(const EncodeOptions& options, uint32_t tokens) {
+  const uint32_t left =
+      options.raw_tokens > options.first_token ? options.raw_tokens - options.first_token : 0;
+  return left < tokens ? left : tokens;
+}
+
 // Size of a shard with `fixed_size`, and the most of any shard with this `bits_per_entry`: a whole
 // number of 32-bit words.
 uint64_t ShardBytesAt(const TensorShape& shape, double bits_per_entry, bool keys_only = false);

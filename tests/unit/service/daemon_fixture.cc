@@ -21,6 +21,7 @@ Options TestOptions() {
   Options options;
   options.listen = "127.0.0.1:0";
   options.http = "";
+  options.backend = "cpu";
   options.threads = 2;
   options.log_level = "off";
   return options;

@@ -18,7 +18,7 @@
 
 namespace kvshrink::service::testing {
 
-// Loopback, port 0, no HTTP, no disk, two threads, quiet.
+// Loopback, port 0, no HTTP, no disk, the CPU, two threads, quiet.
 Options TestOptions();
 
 class Daemon {

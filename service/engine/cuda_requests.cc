@@ -38,9 +38,11 @@ bool DeviceEncodes(const cuda::CudaEncodeApi& api, const TensorPlan& plan,
 
 bool DeviceDecodes(const ShardHeader& header, const TensorPlan& plan,
                    std::span<const uint32_t> kv_heads) {
+  // The device has no decoder of trellises.
+  const bool trellis = GetProfileInfo(header.profile).code >= BlockCode::kTrellis15;
   const bool heads_exist = kv_heads.empty() || kv_heads.back() < header.shape.kv_heads;
-  return plan.dtype != DType::kFp8E4m3 && heads_exist && !header.padded && !header.keys_only &&
-         !header.extensions.rope.has_value();
+  return !trellis && plan.dtype != DType::kFp8E4m3 && heads_exist && !header.padded &&
+         !header.keys_only && !header.extensions.rope.has_value();
 }
 
 cuda::EncodeBatch BatchOf(const TensorPlan& plan, const EncodeOptions& options) {

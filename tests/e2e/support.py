@@ -33,12 +33,15 @@ T = TypeVar("T")
 
 
 class Daemon:
-    """One kvshrinkd on free ports. It may be stopped, killed and started again over the same data."""
+    """One kvshrinkd on free ports, on the CPU unless told otherwise.
+
+    It may be stopped, killed and started again over the same data.
+    """
 
     def __init__(self, folder: Path, **flags: object) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.flags = {"data-dir": folder / "data", **flags}
+        self.flags = {"data-dir": folder / "data", "backend": "cpu", **flags}
         self.log = folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
         self.target = ""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -301,7 +303,7 @@ def test_list_by_pages(start_daemon: Start, smollm2: dict[str, Array]) -> None:
     [
         (["--listen", "nowhere"], "listen"),
         (["--inflight-bytes", "many"], "inflight-bytes"),
-        (["--backend", "cuda"], "cuda"),
+        (["--backend", "tpu"], "--backend"),
         (["--no-such-flag"], "no-such-flag"),
     ],
 )
@@ -311,6 +313,27 @@ def test_bad_flags_are_usage_errors(flags: list[str], message: str) -> None:
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_cuda_without_its_module_is_refused(tmp_path: Path) -> None:
+    """One line says what is missing and what to do."""
+    command = [str(BIN / "kvshrinkd"), "--data-dir", "", "--backend", "cuda", "--listen", "127.0.0.1:0", "--http", ""]
+    environment = {**os.environ, "KVSHRINK_CUDA_MODULE": str(tmp_path / "libkvshrink_cuda.so")}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=environment)
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert "backend cuda: " in line
+    assert str(tmp_path / "libkvshrink_cuda.so") in line
+    assert "put libkvshrink_cuda.so beside kvshrinkd" in line
+    assert "--backend cpu" in line
+
+
+def test_auto_says_why_it_runs_on_the_cpu(start_daemon: Start) -> None:
+    daemon = start_daemon(backend="auto")
+    chosen = [line for line in daemon.log.read_text().splitlines() if "backend_chosen" in line]
+    with daemon.client() as client:
+        backend = client.server_info().backend
+    assert (backend, len(chosen)) in {("cpu", 1), ("cuda", 0)}
 
 
 def test_command_line_info_is_one_object(start_daemon: Start) -> None:

@@ -146,6 +146,9 @@ TEST(Requests, WhatTheDeviceLeavesToTheCpuWhenDecoding) {
   EXPECT_TRUE(DeviceDecodes(header, plan, {}));
   EXPECT_FALSE(DeviceDecodes(header, plan, missing));
   EXPECT_FALSE(DeviceDecodes(header, PlanOf(plan.shape, DType::kFp8E4m3), {}));
+  header.profile = Profile::kKvs2t;
+  EXPECT_FALSE(DeviceDecodes(header, plan, {}));
+  header.profile = Profile::kKvs2;
   header.keys_only = true;
   EXPECT_FALSE(DeviceDecodes(header, plan, {}));
   header.keys_only = false;

@@ -59,6 +59,7 @@ TEST_F(OptionsTest, Defaults) {
   EXPECT_EQ(options.backend, "auto");
   EXPECT_EQ(options.data_dir, "/data-home/kvshrink");
   EXPECT_EQ(options.max_object_bytes, 256U << 20);
+  EXPECT_EQ(options.device_bytes, uint64_t{1} << 30);
 }
 
 TEST_F(OptionsTest, DataDirFallsBackToHome) {
@@ -68,9 +69,12 @@ TEST_F(OptionsTest, DataDirFallsBackToHome) {
 }
 
 TEST_F(OptionsTest, FlagsAndSizes) {
-  const Options options = Good({"--listen", "[::1]:0", "--http", "", "--data-dir", "",
-                                "--host-bytes", "512MiB", "--disk-bytes=2GiB", "--inflight-bytes",
-                                "1000", "--uncommitted-bytes", "3kb", "--threads", "3"});
+  const Options options =
+      Good({"--listen", "[::1]:0", "--http", "", "--data-dir", "", "--host-bytes", "512MiB",
+            "--disk-bytes=2GiB", "--inflight-bytes", "1000", "--uncommitted-bytes", "3kb",
+            "--threads", "3", "--backend", "cuda", "--device-bytes", "64MiB"});
+  EXPECT_EQ(options.backend, "cuda");
+  EXPECT_EQ(options.device_bytes, uint64_t{64} << 20);
   EXPECT_EQ(options.listen, "[::1]:0");
   EXPECT_EQ(options.http, "");
   EXPECT_EQ(options.data_dir, "");
@@ -112,7 +116,7 @@ TEST_F(OptionsTest, BadValuesExitWithOneLineThatNamesThem) {
       {{"--listen", "nowhere"}, "'listen' is nowhere"},
       {{"--listen", "127.0.0.1:70000"}, "'listen' is 127.0.0.1:70000"},
       {{"--http", "127.0.0.1:80s"}, "'http' is 127.0.0.1:80s"},
-      {{"--backend", "cuda"}, "no CUDA backend"},
+      {{"--device-bytes", "0"}, "device-bytes"},
       {{"--backend", "tpu"}, "--backend"},
       {{"--threads", "-1"}, "--threads"},
       {{"--drain-timeout", "soon"}, "--drain-timeout"},

@@ -152,9 +152,6 @@ TEST(Requests, WhatTheDeviceLeavesToTheCpuWhenDecoding) {
   header.keys_only = true;
   EXPECT_FALSE(DeviceDecodes(header, plan, {}));
   header.keys_only = false;
-  header.padded = true;
-  EXPECT_FALSE(DeviceDecodes(header, plan, {}));
-  header.padded = false;
   header.extensions.rope.emplace();
   EXPECT_FALSE(DeviceDecodes(header, plan, {}));
 }

@@ -205,6 +205,7 @@ absl::StatusOr<DecodedShard> CudaCodec::DecodeOnDevice(const ShardHeader& header
 
   const Control control{.bytes = At(*room, shard_at), .size = bytes.size()};
   std::vector<cuda::CudaTarget> targets;
+  targets.reserve(runs.size());
   for (const HeadRun& run : runs) {
     targets.push_back(TargetOf(run, plan, At(*room, output_at)));
   }

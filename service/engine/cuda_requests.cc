@@ -1,6 +1,7 @@
 #include "service/engine/cuda_requests.h"
 
 #include <algorithm>
+#include <cstddef>
 
 #include "kvshrink/error.h"
 
@@ -106,13 +107,13 @@ std::vector<HeadRun> RunsOf(uint32_t all_heads, std::span<const uint32_t> picked
   return runs;
 }
 
-cuda::CudaTarget TargetOf(const HeadRun& run, const TensorPlan& plan, const std::byte* output) {
+cuda::CudaTarget TargetOf(const HeadRun& run, const TensorPlan& plan, std::byte* output) {
   const uint64_t head_bytes = plan.layout.head_stride * DTypeBytes(plan.dtype);
-  const uintptr_t k =
-      reinterpret_cast<uintptr_t>(output) + run.place * head_bytes - run.begin * head_bytes;
+  std::byte* k = output + static_cast<std::ptrdiff_t>(run.place * head_bytes) -
+                 static_cast<std::ptrdiff_t>(run.begin * head_bytes);
   cuda::CudaTarget target;
-  target.k = reinterpret_cast<void*>(k);
-  target.v = reinterpret_cast<void*>(k + plan.v_offset_bytes);
+  target.k = k;
+  target.v = k + plan.v_offset_bytes;
   return target;
 }
 

@@ -2,6 +2,7 @@
 // and what its answers are worth. Nothing here calls CUDA.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string_view>
@@ -42,6 +43,6 @@ struct HeadRun {
 std::vector<HeadRun> RunsOf(uint32_t all_heads, std::span<const uint32_t> picked);
 // Where the heads of a run go: head `begin` to the output's `place`. The address may lie before the
 // output; what is written lies inside.
-cuda::CudaTarget TargetOf(const HeadRun& run, const TensorPlan& plan, const std::byte* output);
+cuda::CudaTarget TargetOf(const HeadRun& run, const TensorPlan& plan, std::byte* output);
 
 }  // namespace kvshrink::service

@@ -69,7 +69,8 @@ class CudaCodec final : public Codec {
 
   absl::StatusOr<DecodedShard> Decode(const Shard& shard, std::string_view bytes, DecodeForm form,
                                       const TensorPlan& plan,
-                                      std::span<const uint32_t> kv_heads) override {
+                                      std::span<const uint32_t> kv_heads,
+                                      const Basis* basis) override {
     if (!lost_ && DeviceDecodes(shard.header(), plan, kv_heads)) {
       absl::StatusOr<DecodedShard> decoded =
           DecodeOnDevice(shard.header(), bytes, form, plan, kv_heads);
@@ -78,7 +79,7 @@ class CudaCodec final : public Codec {
       }
       Judge(decoded.status());
     }
-    return cpu_->Decode(shard, bytes, form, plan, kv_heads);
+    return cpu_->Decode(shard, bytes, form, plan, kv_heads, basis);
   }
 
  private:

@@ -43,7 +43,7 @@ bool DeviceDecodes(const ShardHeader& header, const TensorPlan& plan,
   const bool trellis = GetProfileInfo(header.profile).code >= BlockCode::kTrellis15;
   const bool heads_exist = kv_heads.empty() || kv_heads.back() < header.shape.kv_heads;
   return !trellis && plan.dtype != DType::kFp8E4m3 && heads_exist && !header.keys_only &&
-         !header.extensions.rope.has_value();
+         !header.extensions.rope.has_value() && !header.extensions.basis.has_value();
 }
 
 cuda::EncodeBatch BatchOf(const TensorPlan& plan, const EncodeOptions& options) {

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import random
 import struct
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 import make_kvs as make
-from decode_kvs import FormatError, decode_bytes, decode_file, decode_shard
+from decode_kvs import FormatError, decode_file, decode_shard
 from kvs_blocks import TRELLISES, L, e4m3_table
 from make_kvs import Block, FileSpec, ShardSpec, make_file, make_shard
 from xxh64 import xxh64
@@ -377,32 +374,3 @@ def test_file_violation_names_its_field(field: str, changes: dict[str, Any]) -> 
     with pytest.raises(FormatError) as error:
         decode_file(make_file(spec))
     assert error.value.field == field
-
-
-def run_decoder(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(HERE / "decode_kvs.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_command_writes_both_outputs(tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.numpy")
-    source = tmp_path / "in.kvs"
-    source.write_bytes(make_file(FileSpec(file_shards(), [1, 5])))
-    arrays, _ = decode_bytes(source.read_bytes())
-    for name, load in (("out.safetensors", safetensors.load_file), ("out.npz", np.load)):
-        assert run_decoder(source, tmp_path / name).returncode == 0
-        loaded = load(tmp_path / name)
-        assert sorted(loaded) == sorted(arrays)
-        for key, array in arrays.items():
-            np.testing.assert_array_equal(loaded[key], array)
-    described = json.loads(run_decoder(source, "--json").stdout)
-    assert [shard["layer"] for shard in described["shards"]] == [1, 5, 1, 5]
-
-
-def test_command_names_the_damage(tmp_path: Path) -> None:
-    source = tmp_path / "in.kvs"
-    source.write_bytes(make_shard(ShardSpec(good_blocks(), flags=8)))
-    result = run_decoder(source, tmp_path / "out.npz")
-    assert result.returncode == 1
-    assert "'flags' is 8" in result.stderr
-    assert not (tmp_path / "out.npz").exists()

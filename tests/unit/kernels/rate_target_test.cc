@@ -83,6 +83,21 @@ TEST(RateTarget, FixedSizeIsTheSizeForAllChunks) {
   }
 }
 
+TEST(RateTarget, ARotaryEmbeddingCountsInFixedSizes) {
+  const Tensor k = testing::QwenLayer("k", 8);
+  EncodeOptions options = AtRate(2.5);
+  options.fixed_size = true;
+  ShardReport without;
+  ASSERT_TRUE(Encode(k, k, options, &without).ok());
+  options.rope = Rope{.theta = 1e6};
+  ShardReport with;
+  const auto bytes = Encode(k, k, options, &with);
+  ASSERT_TRUE(bytes.ok()) << bytes.status();
+  EXPECT_EQ(bytes->size(), ShardBytesAt(k.shape, 2.5));
+  EXPECT_LT(with.k.relative_error(), without.k.relative_error());
+  EXPECT_TRUE(Shard::Parse(*bytes)->header().extensions.rope.has_value());
+}
+
 TEST(RateTarget, ExactBlocksArePaidByTheOthers) {
   Tensor k = testing::Gaussian({512, 2, 64}, 5);
   const Tensor v = testing::Gaussian({512, 2, 64}, 6);

@@ -344,23 +344,6 @@ TEST(Rope, ErrorBoundHoldsAfterTheEmbedding) {
   EXPECT_LE(measured->k.max_block_relative_error, 0.002 * 1.001);
 }
 
-TEST(Rope, CountsInShardsOfFixedSize) {
-  const auto backend = MakeCpuBackend(2);
-  const Tensor k = testing::QwenLayer("k", 8);
-  EncodeOptions options = OptionsOf(Profile::kKvs2);
-  options.bits_per_entry = 2.5;
-  options.fixed_size = true;
-  ShardReport without;
-  ASSERT_TRUE(Encode(*backend, k, k, options, &without).ok());
-  options.rope = Plain(1e6, 0);
-  ShardReport with;
-  const auto bytes = Encode(*backend, k, k, options, &with);
-  ASSERT_TRUE(bytes.ok()) << bytes.status();
-  EXPECT_EQ(bytes->size(), ShardBytesAt(k.shape, 2.5));
-  EXPECT_LT(with.k.relative_error(), without.k.relative_error());
-  EXPECT_TRUE(Shard::Parse(*bytes)->header().extensions.rope.has_value());
-}
-
 TEST(Rope, BadOptionsNameFieldAndValue) {
   const Tensor k = testing::Gaussian({4, 1, 64}, 1);
   const auto backend = MakeCpuBackend(1);

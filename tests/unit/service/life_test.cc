@@ -184,7 +184,7 @@ TEST(Life, ServerInfoTellsWhatServes) {
   EXPECT_EQ(info.version(), KVSHRINK_VERSION);
   EXPECT_EQ(info.backend(), "cpu");
   EXPECT_FALSE(info.device().empty());
-  EXPECT_EQ(info.profiles_size(), 9);
+  EXPECT_EQ(static_cast<size_t>(info.profiles_size()), AllProfiles().size());
   EXPECT_EQ(info.default_profile(), v1::PROFILE_KVS2);
   EXPECT_EQ(info.max_frame_bytes(), 1U << 20);
   EXPECT_EQ(info.max_object_bytes(), TestOptions().max_object_bytes);

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -34,7 +36,10 @@ RATES = (2.25, 2.75, 3.25, 4.25)
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A profile; rope: K is coded before the model's rotary embedding; bits: the rate that shards keep to."""
+    """A profile; rope: K is coded before the model's rotary embedding; bits: the rate that shards keep to.
+
+    kvs2c is calibrated on the first half of the trace's queries: those are also among the ones it is measured with.
+    """
 
     profile: str
     rope: bool = False
@@ -44,20 +49,34 @@ class Setting:
     def text(self) -> str:
         """For the column of options."""
         words = [f"bits={self.bits}"] if self.bits else []
+        words += ["calibration=first half of the queries"] if self.profile == "kvs2c" else []
         return ";".join(words + ["rope"] * self.rope)
 
 
 SETTINGS = (
     *(Setting(name) for name in ("raw", "fp8", "tq2", "tq3", "tq4", "eoptshrinkq2")),
     *(Setting(name, rope) for rope in (False, True) for name in ("kvs2", "kvs3", "kvs4", "kvs2t", "kvs3t")),
+    *(Setting("kvs2c", rope) for rope in (False, True)),
     *(Setting("kvs2", rope, bits) for rope in (False, True) for bits in RATES),
 )
+
+
+def calibrate(trace: Trace, rope: str, binary: Path, folder: Path) -> Path:
+    basis = folder / "basis.kvb"
+    queries = f"first:{next(iter(trace.layers.values())).q.shape[0] // 2}"
+    command = [binary, "calibrate", trace.path, "--out", basis, "--rope", rope, "--queries", queries]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    return basis
 
 
 def profile_row(trace: Trace, setting: Setting, binary: Path) -> Row:
     """By the program: its bits are the bytes of real shards."""
     rope = trace.rope if setting.rope else "none"
-    (found,) = evaluate_trace(trace.path, [setting.profile], binary=binary, rope=rope, bits=setting.bits).profiles
+    with tempfile.TemporaryDirectory() as folder:
+        basis = calibrate(trace, rope, binary, Path(folder)) if setting.profile == "kvs2c" else None
+        (found,) = evaluate_trace(
+            trace.path, [setting.profile], binary=binary, rope=rope, bits=setting.bits, basis=basis
+        ).profiles
     if found.logit_rmse is None or found.attention_rel_error is None or found.attention_kl is None:
         raise ValueError(f"trace '{trace.name}' has no queries: attention can't be measured")
     if found.bits_per_entry_v is None or found.rel_mse_v is None:

@@ -47,8 +47,8 @@ class Codec {
                                                const EncodeOptions& options) = 0;
 
   // `bytes` are those that `shard` was parsed from. `kv_heads`, ascending, picks heads; empty =
-  // all; plan.shape has as many heads as are picked. `basis`: the shard's, null where it has none. Errors: INVALID_ARGUMENT (a head that isn't
-  // there), DATA_LOSS.
+  // all; plan.shape has as many heads as are picked. `basis`: the shard's, null where it has none.
+  // Errors: INVALID_ARGUMENT (a head that isn't there), DATA_LOSS.
   virtual absl::StatusOr<DecodedShard> Decode(const Shard& shard, std::string_view bytes,
                                               DecodeForm form, const TensorPlan& plan,
                                               std::span<const uint32_t> kv_heads,

@@ -68,8 +68,7 @@ class CudaCodec final : public Codec {
   }
 
   absl::StatusOr<DecodedShard> Decode(const Shard& shard, std::string_view bytes, DecodeForm form,
-                                      const TensorPlan& plan,
-                                      std::span<const uint32_t> kv_heads,
+                                      const TensorPlan& plan, std::span<const uint32_t> kv_heads,
                                       const Basis* basis) override {
     if (!lost_ && DeviceDecodes(shard.header(), plan, kv_heads)) {
       absl::StatusOr<DecodedShard> decoded =

@@ -278,9 +278,8 @@ absl::StatusOr<GetStream::Answer> GetStream::Decode(const Progress& progress, co
     return plan.status();
   }
   const std::vector<uint32_t> heads(request.kv_heads().begin(), request.kv_heads().end());
-  absl::StatusOr<DecodedShard> decoded =
-      env_.codec->Decode(shard, bytes, DecodeForm::kFull, *plan, heads,
-                          env_.bases->Of(shard.header()));
+  absl::StatusOr<DecodedShard> decoded = env_.codec->Decode(shard, bytes, DecodeForm::kFull, *plan,
+                                                            heads, env_.bases->Of(shard.header()));
   if (!decoded.ok()) {
     return decoded.status();
   }

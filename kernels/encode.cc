@@ -225,6 +225,7 @@ class ShardEncoder {
     std::iota(open.begin(), open.end(), size_t{0});
     while (!open.empty()) {
       std::vector<Backend::BlockInput> inputs;
+      inputs.reserve(open.size());
       for (const size_t i : open) {
         inputs.push_back(inputs_[i]);
       }

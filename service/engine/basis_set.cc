@@ -54,7 +54,7 @@ absl::Status BasisSet::Choose(const TensorShape& shape, EncodeOptions* options) 
         CheckBasisFits(basis, options->layer, shape.head_dim, shape.kv_heads, options->rope);
     if (fits.ok()) {
       options->basis = &basis;
-      return fits;
+      return absl::OkStatus();
     }
     reasons += StrCat("; ", BasisIdText(basis.id()), ": ", std::string(fits.message()));
   }

@@ -29,4 +29,4 @@ def test_wheel_of_a_source_distribution(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
     )
-    assert result.stdout.split() == [str(tmp_path / "installed" / "kvshrink" / "__init__.py"), "kvs4"]
+    assert result.stdout.split() == [str(tmp_path / "installed" / "kvshrink" / "__init__.py"), "kvs2c"]
